@@ -1,0 +1,2 @@
+"""embdiff: text diffusion in a continuous embedding space."""
+__version__ = "0.1.0"

@@ -1,0 +1,169 @@
+"""From text to batches: token arrays, context masks and a sampler whose order depends only on seed and step.
+
+An example is laid out as [prompt | text]: P prompt positions (left-aligned, padding absent) and L text positions
+(end-of-text, then padding: both are content that the model predicts). A prompt of n tokens has positions -n .. -1, so
+the text always starts at position 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from embdiff.errors import UserError
+
+if TYPE_CHECKING:
+    from embdiff.data import Example
+
+Ints = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """ids, positions: [B, S] int64; known, present: [B, S] bool or None (see `Denoiser.forward`); S = P + L."""
+
+    ids: Tensor
+    positions: Tensor
+    known: Tensor | None = None
+    present: Tensor | None = None
+
+    def target(self) -> Tensor:
+        """[B, S] bool: the positions that are generated, and so carry the loss."""
+        if self.known is not None:
+            return ~self.known
+        return torch.ones_like(self.ids, dtype=torch.bool)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on a device."""
+        known = None if self.known is None else self.known.to(device)
+        present = None if self.present is None else self.present.to(device)
+        return Batch(self.ids.to(device), self.positions.to(device), known, present)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of a set of examples. text: [N, L]; text_length: [N], with the end of text;
+    prompt: [N, P]; prompt_length: [N]."""
+
+    text: Ints
+    text_length: Ints
+    prompt: Ints
+    prompt_length: Ints
+    truncated: int = 0
+    dropped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    @property
+    def tokens(self) -> int:
+        """Text tokens, the end of text included, padding not."""
+        return int(self.text_length.sum())
+
+    def batch(self, index: Sequence[int] | NDArray[Any]) -> Batch:
+        """The examples at `index` with the whole text as target."""
+        index = np.asarray(index)
+        L, P = self.text.shape[1], self.prompt.shape[1]
+        text = torch.from_numpy(self.text[index]).long()
+        positions = torch.arange(L).expand(len(index), L)
+        if P == 0:
+            return Batch(text, positions)
+        n = torch.from_numpy(self.prompt_length[index])[:, None]
+        column = torch.arange(P)[None]
+        return Batch(
+            ids=torch.cat([torch.from_numpy(self.prompt[index]).long(), text], 1),
+            positions=torch.cat([column - n, positions], 1),
+            known=torch.cat([torch.ones(len(index), P, dtype=torch.bool), torch.zeros_like(text, dtype=torch.bool)], 1),
+            present=torch.cat([column < n, torch.ones_like(text, dtype=torch.bool)], 1),
+        )
+
+
+def encode(
+    examples: Sequence[Example], tokenizer: Any, max_length: int, max_prompt_length: int = 0, on_long: str = "truncate"
+) -> Encoded:
+    """Tokenises examples. A text longer than max_length - 1 tokens is truncated or, with on_long = "drop", left out.
+
+    A truncated text has no end-of-text token. Prompts keep their last `max_prompt_length` tokens.
+    """
+    if on_long not in ("truncate", "drop"):
+        raise UserError(f"on_long {on_long!r} is unknown: choose truncate or drop")
+    if max_length < 2:
+        raise UserError(f"max_length {max_length} is too short: give at least 2 positions")
+    texts = _tokenize(tokenizer, [e.text for e in examples])
+    prompts = _tokenize(tokenizer, [e.prompt or "" for e in examples]) if max_prompt_length else [[]] * len(examples)
+    long = [len(t) >= max_length for t in texts]
+    kept = [i for i in range(len(texts)) if on_long == "truncate" or not long[i]]
+    text = np.full((len(kept), max_length), tokenizer.pad_token_id, dtype=np.int32)
+    prompt = np.full((len(kept), max_prompt_length), tokenizer.pad_token_id, dtype=np.int32)
+    text_length, prompt_length = np.zeros(len(kept), dtype=np.int32), np.zeros(len(kept), dtype=np.int32)
+    for row, i in enumerate(kept):
+        ids = [*texts[i], tokenizer.eos_token_id][:max_length]
+        text[row, : len(ids)], text_length[row] = ids, len(ids)
+        ids = prompts[i][-max_prompt_length:] if max_prompt_length else []
+        prompt[row, : len(ids)], prompt_length[row] = ids, len(ids)
+    if not kept:
+        raise UserError(f"every text is longer than {max_length} tokens: raise --max-length or truncate")
+    truncated = sum(long) if on_long == "truncate" else 0
+    return Encoded(text, text_length, prompt, prompt_length, truncated, len(examples) - len(kept))
+
+
+def _tokenize(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    return list(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]) if texts else []
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What is context in training. Shares of examples, each in [0, 1].
+
+    drop_prompt: prompts dropped, for classifier-free guidance.
+    infill: texts of which a part is given, in equal shares a prefix, the text around a span, or random positions.
+    """
+
+    drop_prompt: float = 0.1
+    infill: float = 0.1
+
+    def apply(self, batch: Batch, length: int, generator: np.random.Generator) -> Batch:
+        """Draws which of the last `length` positions (the text) are given, and which prompts are dropped."""
+        B, S = batch.ids.shape
+        P = S - length
+        given = np.zeros((B, length), dtype=bool)
+        for b in np.flatnonzero(generator.random(B) < self.infill):
+            given[b] = _given(length, generator)
+        dropped = torch.from_numpy(generator.random(B) < self.drop_prompt)
+        if P == 0:
+            # Always a mask when infilling is on: shapes and branches then are those of every other batch.
+            return batch if self.infill == 0 else Batch(batch.ids, batch.positions, torch.from_numpy(given))
+        assert batch.known is not None and batch.present is not None
+        known, present = batch.known.clone(), batch.present.clone()
+        known[:, P:] = torch.from_numpy(given)
+        present[dropped, :P] = False
+        return Batch(batch.ids, batch.positions, known, present)
+
+
+def _given(length: int, generator: np.random.Generator) -> NDArray[np.bool_]:
+    """[length] bool: a prefix, all but a span, or random positions; at least one position is left to generate."""
+    position = np.arange(length)
+    kind = generator.integers(3)
+    start, stop = sorted(generator.choice(length + 1, size=2, replace=False))
+    if kind == 0:
+        return position < start
+    if kind == 1:
+        return (position < start) | (position >= stop)
+    given = generator.random(length) < generator.random()
+    given[generator.integers(length)] = False
+    return given
+
+
+def batch_index(size: int, batch_size: int, step: int, seed: int) -> NDArray[np.int64]:
+    """Which examples make up the batch of this step: every example once an epoch, in an order that depends on
+    (seed, epoch) alone, so that a resumed run needs no state."""
+    wanted = np.arange(step * batch_size, (step + 1) * batch_size)
+    epochs, within = wanted // size, wanted % size
+    orders = {e: np.random.default_rng((seed, int(e))).permutation(size) for e in np.unique(epochs)}
+    return np.array([orders[e][i] for e, i in zip(epochs, within, strict=True)])

@@ -1,0 +1,427 @@
+"""Reading examples from files, folders, the hub or the built-in corpus, and splitting them in two.
+
+An example is a text, with or without the prompt that it answers. A corpus is two lists of examples that
+share neither a prompt nor a text, so that scores on the validation side are never scores on memory.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import islice
+from pathlib import Path
+
+from embdiff.errors import UserError
+
+Rows = Iterator[tuple[str, Mapping[str, object]]]  # (where the row is, for messages; column -> value)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One text to learn, and the prompt it answers if there is one."""
+
+    text: str
+    prompt: str | None = None
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Examples to train on and to validate with; `notes` are one-line remarks for the user."""
+
+    name: str
+    train: list[Example]
+    valid: list[Example]
+    notes: list[str]
+
+
+def load_corpus(
+    data: str,
+    *,
+    text_column: str | None = None,
+    prompt_column: str | None = None,
+    separator: str | None = None,
+    validation: str | None = None,
+    valid_share: float = 0.05,
+    limit: int | None = None,
+    progress: bool = True,
+) -> Corpus:
+    """Read `data` and hold some of it out, or read the held-out part from `validation`.
+
+    Both are sources as in `read_examples`, read with the same options; `limit` applies to `data` only.
+    Without `validation` a share of about `valid_share` (between 0 and 1) is held out by a hash of the
+    prompt (of the text where there is none): see `split`. With `validation` that source is kept whole,
+    and its examples are dropped from `data`. Raises UserError for bad input.
+    """
+    if not 0 < valid_share < 1:
+        raise UserError(f"validation share {valid_share} is not between 0 and 1; try 0.05")
+
+    def read(source: str, limit: int | None) -> list[Example]:
+        return read_examples(
+            source,
+            text_column=text_column,
+            prompt_column=prompt_column,
+            separator=separator,
+            limit=limit,
+            progress=progress,
+        )
+
+    examples = read(data, limit)
+    if validation is None:
+        train, valid, notes = split(examples, valid_share)
+    else:
+        valid = read(validation, None)
+        train, notes = _without(examples, valid)
+        if not train:
+            raise UserError(f"every example of {data!r} is also in {validation!r}; validate with others")
+    return Corpus(name=_name(data), train=train, valid=valid, notes=notes)
+
+
+def read_examples(
+    data: str,
+    *,
+    text_column: str | None = None,
+    prompt_column: str | None = None,
+    separator: str | None = None,
+    limit: int | None = None,
+    progress: bool = True,
+) -> list[Example]:
+    """All examples of one source with a text that is not blank, in order; at most the first `limit`.
+
+    `data` is one of
+      - a .txt file, one example a line; with `separator` a line is "prompt<separator>text";
+      - a .jsonl, .csv, .tsv (both with a header) or .parquet file;
+      - a folder, for all such files in and below it in the order of their paths, hidden ones left out;
+      - the word "docstrings", for the built-in corpus ("./docstrings" is a file or folder of that name);
+      - the id of a data set on the hub, of which the train split is read.
+
+    Tables have their text in `text_column`: by default the column "text" or else the first with strings,
+    and then the column "prompt", if there is one, has the prompts. Raises UserError for bad input.
+    """
+    if not data.strip():
+        raise UserError(f"the data {data!r} is a blank name; give a file, a folder, a hub id or 'docstrings'")
+    if limit is not None and limit < 1:
+        raise UserError(f"limit {limit} leaves no example; give at least 1, or none for all")
+    if separator == "":
+        raise UserError("the separator is empty; give what stands between prompt and text, such as '||'")
+    options = _Options(text_column, prompt_column, separator)
+    examples = list(islice(_examples(data, options, progress), limit))
+    if not examples:
+        raise UserError(f"{data!r} has no example that is not blank; give data with some text in it")
+    return examples
+
+
+@dataclass(frozen=True)
+class _Options:
+    text_column: str | None
+    prompt_column: str | None
+    separator: str | None
+
+
+def _examples(data: str, options: _Options, progress: bool) -> Iterator[Example]:
+    path = Path(data).expanduser()
+    if data == "docstrings":
+        from embdiff import docstrings
+
+        if any((options.text_column, options.prompt_column, options.separator)):
+            raise UserError("docstrings has its prompts and texts already; leave columns and separator out")
+        return iter(docstrings.build(progress=progress))
+    if path.is_dir():
+        return _folder_examples(path, options)
+    if path.exists():
+        return _file_examples(path, options)
+    if looks_like_path(data) or path.suffix.lower() in _READERS:
+        raise UserError(f"no such file or folder: {data!r}; check the path")
+    return _table_examples(_hub_rows(data, progress), options)
+
+
+def _folder_examples(folder: Path, options: _Options) -> Iterator[Example]:
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _READERS and path.is_file())
+    visible = [p for p in files if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
+    if not visible:
+        raise UserError(f"{str(folder)!r} has no {_SUFFIXES} file; give a folder that has one")
+    for file in visible:
+        yield from _file_examples(file, options)
+
+
+def _file_examples(path: Path, options: _Options) -> Iterator[Example]:
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise UserError(f"{str(path)!r} is of no known kind; give a {_SUFFIXES} file")
+    return reader(path, options)
+
+
+# --- lines of text ---------------------------------------------------------------------------------------
+
+
+def _txt_examples(path: Path, options: _Options) -> Iterator[Example]:
+    if options.text_column or options.prompt_column:
+        raise UserError(f"{str(path)!r} has no columns, only lines; use a separator for prompts, or a table")
+    for where, line in _lines(path):
+        prompt: str | None = None
+        text = line
+        if options.separator is not None:
+            prompt, found, text = line.partition(options.separator)
+            if not found:
+                raise UserError(f"{where}: no separator {options.separator!r}; add it or choose another")
+        if text.strip():
+            yield _example(text.strip(), prompt.strip() if prompt else None)
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    """(file:line, line) of the lines that are not blank. Only newlines end a line: U+2028 is just text."""
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if line.strip():
+            yield f"{path}:{number}", line
+
+
+def _read_text(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+        return content.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}:{line}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"cannot read {str(path)!r}: {error.strerror}; check its permissions") from None
+
+
+def _example(text: str, prompt: str | None) -> Example:
+    """A blank prompt is no prompt: it would tie together examples that have nothing in common."""
+    return Example(text=text, prompt=prompt if prompt and prompt.strip() else None)
+
+
+# --- tables ----------------------------------------------------------------------------------------------
+
+
+def _jsonl_rows(path: Path) -> Rows:
+    for where, line in _lines(path):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{where}: not JSON ({error}); write one object a line") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: not a JSON object but {type(row).__name__}; write one object a line")
+        yield where, row
+
+
+def _csv_rows(path: Path) -> Rows:
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    reader = csv.reader(io.StringIO(_read_text(path), newline=""), delimiter=delimiter)
+    header: list[str] = []
+    try:
+        for row in reader:
+            where = f"{path}:{reader.line_num}"
+            if not header:
+                header = row
+            elif row and len(row) != len(header):
+                raise UserError(f"{where}: {len(row)} fields for {len(header)} columns; mind the quotes")
+            elif row:
+                yield where, dict(zip(header, row, strict=True))
+    except csv.Error as error:
+        raise UserError(f"{path}:{reader.line_num}: {error}; repair the line") from None
+
+
+def _parquet_rows(path: Path) -> Rows:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise UserError(f"reading {str(path)!r} needs pyarrow; pip install 'embdiff[train]'") from None
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}, row {number}", row
+    except (OSError, ValueError) as error:  # pyarrow's own errors are among these, and so is bad UTF-8
+        if isinstance(error, UserError):
+            raise
+        cause = _first_line(error)
+        raise UserError(f"cannot read {str(path)!r} as parquet: {cause}; write the file again") from None
+
+
+def _table_examples(rows: Rows, options: _Options) -> Iterator[Example]:
+    columns: tuple[str, str | None] | None = None
+    for where, row in rows:
+        columns = columns or _choose_columns(where, row, options)
+        text = _cell(where, row, columns[0])
+        prompt = _cell(where, row, columns[1]) if columns[1] is not None else None
+        if text and text.strip():
+            yield _example(text, prompt)
+
+
+def _choose_columns(where: str, row: Mapping[str, object], options: _Options) -> tuple[str, str | None]:
+    """Names of the text and the prompt column, from the options and the first row."""
+    text, prompt = options.text_column, options.prompt_column
+    if options.separator is not None:
+        raise UserError(f"{where}: a separator is for .txt files; name the columns of a table instead")
+    if text is not None:
+        return text, prompt
+    if prompt is None and "prompt" in row:
+        prompt = "prompt"
+    strings = [name for name, value in row.items() if isinstance(value, str)]
+    candidates = [name for name in strings if name != prompt]
+    if not candidates and options.prompt_column is None:  # "prompt" is all there is, so it is the text
+        candidates, prompt = strings, None
+    if "text" in row and prompt != "text":
+        return "text", prompt
+    if not candidates:
+        raise UserError(f"{where}: no column has text; the columns are {_names(row)}: choose the text column")
+    return candidates[0], prompt
+
+
+def _cell(where: str, row: Mapping[str, object], column: str) -> str | None:
+    if column not in row:
+        raise UserError(f"{where}: no column {column!r}; choose among {_names(row)}")
+    value = row[column]
+    if value is not None and not isinstance(value, str):
+        kind = type(value).__name__
+        raise UserError(f"{where}: column {column!r} has {kind}, not text; choose among {_names(row)}")
+    return value
+
+
+def _names(row: Mapping[str, object]) -> str:
+    return ", ".join(map(repr, row)) or "none at all"
+
+
+def _table(rows: Callable[[Path], Rows]) -> Callable[[Path, _Options], Iterator[Example]]:
+    return lambda path, options: _table_examples(rows(path), options)
+
+
+_READERS: dict[str, Callable[[Path, _Options], Iterator[Example]]] = {
+    ".txt": _txt_examples,
+    ".jsonl": _table(_jsonl_rows),
+    ".csv": _table(_csv_rows),
+    ".tsv": _table(_csv_rows),
+    ".parquet": _table(_parquet_rows),
+}
+_SUFFIXES = ", ".join(_READERS)
+
+
+# --- the hub ---------------------------------------------------------------------------------------------
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether a name cannot be a hub id ("name" or "owner/name") and so must mean a path."""
+    return not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII)
+
+
+@contextmanager
+def hub_access() -> Iterator[None]:
+    """Within it the hub's clients use their local cache only, at once, if the hub cannot be reached.
+
+    Left alone they would retry for half a minute and more per file. HF_HUB_OFFLINE is heeded.
+    """
+    from huggingface_hub import constants, get_session
+
+    before = constants.HF_HUB_OFFLINE
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # whatever the reason and whichever HTTP library: not reachable
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _hub_rows(name: str, progress: bool) -> Rows:
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"{name!r} is no local file; for the hub: pip install 'embdiff[train]'") from None
+    if not progress:
+        datasets.disable_progress_bars()
+    try:
+        with hub_access():
+            splits = datasets.load_dataset(name)
+            rows = splits["train"] if "train" in splits else next(iter(splits.values()))
+    except Exception as error:  # no network, no such data set, a broken one: the library has many errors
+        raise UserError(
+            f"{name!r} is neither a local file nor a data set that the hub gives ({_first_line(error)}); "
+            "check the name and the network"
+        ) from None
+    for number, row in enumerate(rows, start=1):
+        yield f"{name}, row {number}", row
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__).rstrip(" .")
+
+
+# --- the split -------------------------------------------------------------------------------------------
+
+
+def split(examples: Sequence[Example], share: float) -> tuple[list[Example], list[Example], list[str]]:
+    """(train, valid, notes): two parts in the given order that share neither a prompt nor a text.
+
+    The side of an example depends on a hash of its prompt (its text where it has none) and on nothing
+    else, so that it is the same in any order and beside any other examples. Examples of the validation
+    side whose text is also on the train side are dropped, with a note. Only where one side would be left
+    empty, as with a handful of examples, the prompt or text of the lowest hash that can stand alone is
+    held out. Duplicates within the train side are kept: how often a thing is said is information.
+    """
+    held_out = {key for key in map(_key, examples) if _hash_unit(key) < share}
+    train, valid, dropped = _divide(examples, held_out)
+    if not (train and valid):
+        train, valid, dropped = _divide(examples, _smallest_holdout(examples))
+    notes = []
+    if dropped:
+        notes.append(f"{dropped:,} validation examples dropped, as their text is also in the training data")
+    if not valid:
+        notes.append("no validation examples: there are no two examples that share neither prompt nor text")
+    return train, valid, notes
+
+
+def _key(example: Example) -> str:
+    return example.text if example.prompt is None else example.prompt
+
+
+def _hash_unit(key: str) -> float:
+    """A number in [0, 1) that depends on the key alone, on every machine and in every process."""
+    digest = blake2b(key.encode("utf-8", "surrogatepass"), digest_size=6).digest()
+    return int.from_bytes(digest, "big") / 2**48
+
+
+def _divide(examples: Sequence[Example], held_out: set[str]) -> tuple[list[Example], list[Example], int]:
+    """(train, valid, number of examples dropped because their text is on the train side)."""
+    train = [example for example in examples if _key(example) not in held_out]
+    valid = [example for example in examples if _key(example) in held_out]
+    texts = {example.text for example in train}
+    clean = [example for example in valid if example.text not in texts]
+    return train, clean, len(valid) - len(clean)
+
+
+def _smallest_holdout(examples: Iterable[Example]) -> set[str]:
+    """The key of the lowest hash with a text that no other key has; empty if all belong together."""
+    keys_of_text: defaultdict[str, set[str]] = defaultdict(set)
+    for example in examples:
+        keys_of_text[example.text].add(_key(example))
+    alone = {key for keys in keys_of_text.values() if len(keys) == 1 for key in keys}
+    if len(set().union(*keys_of_text.values())) < 2:
+        return set()
+    return set(sorted(alone, key=lambda key: (_hash_unit(key), key))[:1])
+
+
+def _without(examples: Sequence[Example], valid: Iterable[Example]) -> tuple[list[Example], list[str]]:
+    """`examples` less those that are in `valid`, prompt and text alike, and a note if there were any."""
+    known = set(valid)
+    train = [example for example in examples if example not in known]
+    dropped = len(examples) - len(train)
+    note = f"{dropped:,} training examples dropped, as they are also in the validation data"
+    return train, [note] if dropped else []
+
+
+def _name(data: str) -> str:
+    """A short name for a source: that of the file or folder without its place, or the word or hub id."""
+    path = Path(data).expanduser()
+    if data == "docstrings" or not path.exists():
+        return data
+    return path.resolve().name if path.is_dir() else path.stem

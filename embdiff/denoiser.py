@@ -1,0 +1,282 @@
+"""The denoiser: a bidirectional Transformer that predicts clean tokens from noisy embeddings.
+
+    B batch   L positions   C context positions   D embedding dim   W width   H heads   V vocabulary
+
+The context rule: context positions attend only to context, target positions attend to everything. So the keys and
+values of the context do not depend on the noise: `encode_context` computes them once, and the result is exactly what
+a joint pass over context and target would compute (`known` marks the context in a joint pass, used for training).
+
+Conditioning is on gamma (see `embdiff.noise`), never on a scheduler's timestep, so one model runs under every
+noise schedule and solver.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from embdiff import ops
+from embdiff.noise import alpha_sigma, expand_gamma
+from embdiff.space import EmbeddingSpace
+
+SIZES: dict[str, dict[str, int]] = {
+    "tiny": {"dim": 32, "width": 128, "depth": 4, "heads": 4},
+    "mini": {"dim": 64, "width": 192, "depth": 6, "heads": 3},
+    "small": {"dim": 64, "width": 256, "depth": 6, "heads": 4},
+    "medium": {"dim": 64, "width": 512, "depth": 8, "heads": 8},
+    "base": {"dim": 128, "width": 768, "depth": 12, "heads": 12},
+}
+
+
+class Context(NamedTuple):
+    """Encoded context. keys, values: [depth, B, H, C, W / H]; mask: [B, C], False = not there for this example."""
+
+    keys: Tensor
+    values: Tensor
+    mask: Tensor
+
+    def dropped(self) -> Context:
+        """The same context, out of sight: what the unconditional branch of guidance attends to."""
+        return self._replace(mask=torch.zeros_like(self.mask))
+
+    @staticmethod
+    def stack(contexts: list[Context]) -> Context:
+        """Contexts of the same C side by side in the batch."""
+        return Context(
+            torch.cat([c.keys for c in contexts], 1),
+            torch.cat([c.values for c in contexts], 1),
+            torch.cat([c.mask for c in contexts], 0),
+        )
+
+
+class Denoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]
+    """Predicts the token at each position of a noisy latent.
+
+    Args:
+        vocab_size: V.
+        dim: D, of the embedding space.
+        width, depth, heads: of the Transformer; width / heads must be even.
+        max_length: target positions that the model is trained for.
+        max_prompt_length: prompt positions that it is trained for, 0 = none.
+        condition_width: of the vector that carries gamma to every layer.
+    """
+
+    _supports_gradient_checkpointing = False
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        vocab_size: int,
+        dim: int = 64,
+        width: int = 256,
+        depth: int = 6,
+        heads: int = 4,
+        max_length: int = 64,
+        max_prompt_length: int = 0,
+        condition_width: int = 128,
+    ) -> None:
+        super().__init__()
+        self.space = EmbeddingSpace(vocab_size, dim)
+        self.embed_z = nn.Linear(dim, width, bias=False)
+        self.embed_self_cond = nn.Linear(dim, width, bias=False)
+        self.condition = GammaCondition(condition_width)
+        self.blocks = nn.ModuleList([Block(width, heads, condition_width) for _ in range(depth)])
+        self.final = nn.Linear(condition_width, 2 * width, bias=False)
+        self.head = nn.Linear(width, vocab_size, bias=False)
+        # The share of the matched filter in the logits; training ramps it up from 0 to 1.
+        self.register_buffer("filter_ramp", torch.ones(()))
+        nn.init.zeros_(self.embed_self_cond.weight)
+        nn.init.zeros_(self.final.weight)
+        nn.init.normal_(self.head.weight, std=0.02)
+
+    @property
+    def dim(self) -> int:
+        """D, of the embedding space."""
+        return self.space.dim
+
+    def forward(
+        self,
+        z: Tensor,
+        gamma: Tensor,
+        context: Context | None = None,
+        self_cond: Tensor | None = None,
+        *,
+        known: Tensor | None = None,
+        present: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Features h [B, L, W + D]; logits are `h @ output_weight().T`.
+
+        Logits are the head on the last hidden state plus the matched filter (alpha / sigma^2) z E^T, the exact
+        log-likelihood of z under each token up to a constant. Both are linear, so both are in h.
+
+        Args:
+            z: noisy latents [B, L, D]; clean embeddings where `known`.
+            gamma: [B] or [B, L].
+            context: what `encode_context` gave; None = no context.
+            self_cond: the previous x0 [B, L, D]; None = zeros.
+            known: [B, L] bool, context positions of a joint pass; None = none.
+            present: [B, L] bool, False = padding that nobody attends to; None = all present.
+            positions: [B, L] or [1, L] int; None = 0 .. L - 1. A prompt of n tokens sits at -n .. -1.
+        """
+        h, _, _ = self._encode(z, gamma, context, self_cond, known, present, positions)
+        gamma = expand_gamma(gamma, z)
+        alpha, sigma = alpha_sigma(gamma)
+        return torch.cat([h, (self.filter_ramp * alpha / sigma**2 * z).to(h.dtype)], -1)
+
+    def encode_context(self, ids: Tensor, present: Tensor, positions: Tensor) -> Context:
+        """Encodes context tokens once. ids, positions: [B, C]; present: [B, C] bool, False = padding."""
+        x = self.space.embed(ids)
+        known = torch.ones_like(present)
+        _, keys, values = self._encode(x, x.new_zeros(len(x)), None, None, known, present, positions)
+        return Context(torch.stack(keys), torch.stack(values), present)
+
+    def output_weight(self) -> Tensor:
+        """[V, W + D]: the head's weight beside the embedding table, see `forward`."""
+        return torch.cat([self.head.weight.float(), self.space.table()], -1)
+
+    def logits(self, h: Tensor) -> Tensor:
+        """All logits [B, L, V] of features h; for inspection, since samplers and losses never hold them whole."""
+        return F.linear(h, self.output_weight().to(h.dtype))
+
+    def x0(self, h: Tensor) -> Tensor:
+        """softmax(logits) E [B, L, D], fp32: the posterior mean of the clean embedding."""
+        return ops.expectation(h, self.output_weight(), self.space.table()).mean
+
+    def _encode(
+        self,
+        z: Tensor,
+        gamma: Tensor,
+        context: Context | None,
+        self_cond: Tensor | None,
+        known: Tensor | None,
+        present: Tensor | None,
+        positions: Tensor | None,
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Last hidden state [B, L, W], and the keys and values [B, H, L, W / H] of every layer."""
+        B, L, _ = z.shape
+        dtype = self.embed_z.weight.dtype
+        x = self.embed_z(z.to(dtype))
+        if self_cond is not None:
+            if known is not None:
+                self_cond = self_cond.masked_fill(known[..., None], 0.0)
+            x = x + self.embed_self_cond(self_cond.to(dtype))
+        condition = self.condition(gamma.reshape(B, -1).float(), known)
+        if positions is None:
+            positions = torch.arange(L, device=z.device)[None]
+        rotation = rotary(positions, cast(Block, self.blocks[0]).head_width)
+        mask = attention_mask(L, context, known, present)
+        keys, values = [], []
+        for i, block in enumerate(self.blocks):
+            past = None if context is None else (context.keys[i], context.values[i])
+            x, k, v = block(x, condition, rotation, mask, past)
+            keys.append(k)
+            values.append(v)
+        shift, scale = self.final(condition).chunk(2, -1)
+        return modulate(x, shift, scale), keys, values
+
+
+class GammaCondition(nn.Module):
+    """gamma [B, 1 or L] -> the conditioning vector [B, 1 or L, condition_width]; a learned one where `known`."""
+
+    def __init__(self, width: int, frequencies: int = 32) -> None:
+        super().__init__()
+        self.frequencies = frequencies
+        self.mlp = nn.Sequential(nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.context = nn.Parameter(torch.zeros(width))
+
+    def forward(self, gamma: Tensor, known: Tensor | None) -> Tensor:
+        # gamma spans about 12 nats: wavelengths from 0.5 to 100.
+        rate = torch.logspace(math.log10(0.06), math.log10(12.0), self.frequencies, device=gamma.device)
+        angle = gamma[..., None] * rate
+        features = torch.cat([angle.sin(), angle.cos()], -1)
+        condition: Tensor = self.mlp(features.to(self.context.dtype))
+        if known is not None:
+            condition = torch.where(known[..., None], self.context, condition)
+        return condition
+
+
+class Block(nn.Module):
+    """Attention and MLP, each pre-normalised and modulated by gamma (adaLN, arXiv:2212.09748), without biases."""
+
+    def __init__(self, width: int, heads: int, condition_width: int) -> None:
+        super().__init__()
+        self.heads, self.head_width = heads, width // heads
+        self.modulation = nn.Linear(condition_width, 6 * width, bias=False)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.attention_out = nn.Linear(width, width, bias=False)
+        self.mlp_in = nn.Linear(width, 4 * width, bias=False)
+        self.mlp_out = nn.Linear(4 * width, width, bias=False)
+        # At the start a block passes x on unchanged and gamma changes nothing.
+        for layer in (self.modulation, self.attention_out, self.mlp_out):
+            nn.init.zeros_(layer.weight)
+
+    def forward(
+        self,
+        x: Tensor,
+        condition: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        past: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        B, L, W = x.shape
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition).chunk(6, -1)
+
+        qkv = self.qkv(modulate(x, shift_a, scale_a)).view(B, L, 3, self.heads, self.head_width)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        q, k = rotate(rms_norm(q), rotation), rotate(rms_norm(k), rotation)
+        all_k, all_v = (k, v) if past is None else (torch.cat([past[0], k], 2), torch.cat([past[1], v], 2))
+        a = ops.attention(q, all_k, all_v, mask).transpose(1, 2).reshape(B, L, W)
+        x = x + (1 + gate_a) * self.attention_out(a)
+
+        m = F.relu(self.mlp_in(modulate(x, shift_m, scale_m))).square()
+        return x + (1 + gate_m) * self.mlp_out(m), k, v
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """x over its root mean square along the last axis."""
+    return F.rms_norm(x, (x.shape[-1],), eps=1e-6)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Normalises x, then scales and shifts it."""
+    return rms_norm(x) * (1 + scale) + shift
+
+
+def rotary(positions: Tensor, head_width: int) -> tuple[Tensor, Tensor]:
+    """cos and sin [B or 1, 1, L, head_width / 2] of rotary position embedding (arXiv:2104.09864)."""
+    rate = 10000.0 ** -(torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32) / head_width)
+    angle = positions[:, None, :, None].float() * rate
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Turns each pair of halves of x [B, H, L, head_width] by its position's angle."""
+    cos, sin = (r.to(x.dtype) for r in rotation)
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+def attention_mask(L: int, context: Context | None, known: Tensor | None, present: Tensor | None) -> Tensor | None:
+    """[B, 1, L or 1, C + L] bool, True = attend; None where everything is attended to."""
+    if known is None and present is None:
+        if context is None:
+            return None
+        seen = context.mask.new_ones(len(context.mask), L)
+        return torch.cat([context.mask, seen], 1)[:, None, None]
+    key = present if present is not None else torch.ones_like(cast(Tensor, known))
+    if known is None:
+        allowed = key[:, None, :].expand(-1, L, -1)
+    else:
+        allowed = key[:, None, :] & (known[:, None, :] | ~known[:, :, None])
+    # A position always sees itself, so that padding has something to attend to.
+    allowed = allowed | torch.eye(L, dtype=torch.bool, device=key.device)
+    if context is not None:
+        allowed = torch.cat([context.mask[:, None, :].expand(-1, L, -1), allowed], 2)
+    return allowed[:, None]

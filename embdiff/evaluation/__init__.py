@@ -1,0 +1,1 @@
+"""Measures of generated text: n-gram likelihood, diversity and overlap with references."""

@@ -1,0 +1,152 @@
+"""Losses: cross-entropy with score interpolation, and the variational bound.
+
+    B batch   S positions   D embedding dim   gamma = log(sigma^2 / alpha^2)
+
+Both look at a batch through the same two passes: a first one without self-conditioning, whose x0 the second is given.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from embdiff import ops
+from embdiff.batches import Batch
+from embdiff.denoiser import Denoiser
+from embdiff.noise import NoiseSchedule, corrupt
+
+
+class Loss(NamedTuple):
+    """total: the scalar to minimise; cross_entropy: [B], detached, nats per target position."""
+
+    total: Tensor
+    cross_entropy: Tensor
+
+
+def noisy(x: Tensor, gamma: Tensor, noise: Tensor, batch: Batch) -> Tensor:
+    """z [B, S, D] with the context left clean."""
+    z = corrupt(x, gamma, noise)
+    return z if batch.known is None else torch.where(batch.known[..., None], x, z)
+
+
+def cross_entropy(
+    denoiser: Denoiser,
+    batch: Batch,
+    gamma: Tensor,
+    noise: Tensor,
+    self_condition: bool,
+    forward: Callable[..., Tensor] | None = None,
+) -> Loss:
+    """-log p(token | z_gamma) averaged over target positions (CDCD, arXiv:2211.15089, equation 4).
+
+    gamma: [B]; noise: [B, S, D]; forward: the (compiled, wrapped) denoiser to call instead of `denoiser`.
+    """
+    h = _features(denoiser, batch, denoiser.space.embed(batch.ids), gamma, noise, self_condition, forward)
+    losses = ops.cross_entropy(h, denoiser.output_weight(), batch.ids)
+    target = batch.target().float()
+    per_example = (losses.detach() * target).sum(1) / target.sum(1).clamp(min=1)
+    return Loss((losses * target).sum() / target.sum().clamp(min=1), per_example)
+
+
+def variational_loss(
+    denoiser: Denoiser,
+    batch: Batch,
+    gamma: Tensor,
+    noise: Tensor,
+    self_condition: bool,
+    density: Tensor,
+    forward: Callable[..., Tensor] | None = None,
+) -> Loss:
+    """One-sample estimate of the diffusion term of `variational_bound` per target position, for training.
+
+    density: [B], the probability density with which each gamma was drawn. The embeddings are taken as constants:
+    this term alone would shrink their differences.
+    """
+    x = denoiser.space.embed(batch.ids).detach()
+    h = _features(denoiser, batch, x, gamma, noise, self_condition, forward)
+    target = batch.target().float()
+    x0 = ops.expectation(h, denoiser.output_weight(), denoiser.space.table().detach()).mean
+    error = ((x0 - x).square().sum(-1) * target).sum(1)
+    loss = (0.5 * torch.exp(-gamma) * error / density).sum() / target.sum().clamp(min=1)
+    with torch.no_grad():
+        ce = ops.cross_entropy(h, denoiser.output_weight(), batch.ids)
+    return Loss(loss, (ce * target).sum(1) / target.sum(1).clamp(min=1))
+
+
+def _features(
+    denoiser: Denoiser,
+    batch: Batch,
+    x: Tensor,
+    gamma: Tensor,
+    noise: Tensor,
+    self_condition: bool,
+    forward: Callable[..., Tensor] | None,
+) -> Tensor:
+    forward = denoiser if forward is None else forward
+    z = noisy(x, gamma, noise, batch)
+    layout = {"known": batch.known, "present": batch.present, "positions": batch.positions}
+    self_cond = torch.zeros_like(z)
+    if self_condition:
+        with torch.no_grad():
+            self_cond = denoiser.x0(forward(z, gamma, None, self_cond, **layout))
+    return forward(z, gamma, None, self_cond, **layout)
+
+
+class Bound(NamedTuple):
+    """Nats. total = diffusion + reconstruction + prior, each [B]."""
+
+    diffusion: Tensor
+    reconstruction: Tensor
+    prior: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """[B]"""
+        return self.diffusion + self.reconstruction + self.prior
+
+
+@torch.no_grad()
+def variational_bound(
+    denoiser: Denoiser, batch: Batch, schedule: NoiseSchedule, generator: torch.Generator, samples: int = 4
+) -> Bound:
+    """An unbiased estimate of an upper bound on -log p(target | context) of each example, [B], in nats.
+
+    -log p(x) <= 1/2 int_{g0}^{g1} e^-gamma E|x - x0(z_gamma)|^2 dgamma   diffusion (arXiv:2107.00630, equation 15)
+                 - E log p(x | z_g0)                                      reconstruction
+                 + KL(q(z_g1 | x) || N(0, I))                             prior
+
+    The integral is estimated by importance sampling at gamma(t) with t uniform: `samples` strata for each example,
+    offset over the batch. z_g0 is decoded by the matched filter alone. x0 is the prediction of the second of two
+    self-conditioning passes: a function of z_gamma only, so the bound holds. Every target position counts: the end
+    of text, padding and `<unk>` are charged like words. g0, g1: the ends of `schedule`.
+    """
+    B, S = batch.ids.shape
+    x = denoiser.space.embed(batch.ids)
+    target = batch.target().float()
+
+    def draw() -> Tensor:
+        return torch.randn(x.shape, generator=generator).to(x.device)
+
+    offset = torch.rand(B, generator=generator, dtype=torch.float64).numpy()
+    diffusion = torch.zeros(B, device=x.device)
+    for k in range(samples):
+        t = (k + (offset + np.arange(B) / B) % 1.0) / samples
+        gamma = torch.from_numpy(schedule.gamma(t)).float().to(x.device)
+        slope = torch.from_numpy(schedule.derivative(t)).float().to(x.device)
+        h = _features(denoiser, batch, x, gamma, draw(), True, None)
+        error = ((denoiser.x0(h) - x).square().sum(-1) * target).sum(1)
+        diffusion += 0.5 * torch.exp(-gamma) * slope * error / samples
+
+    g0, g1 = (float(g) for g in schedule.gamma([0.0, 1.0]))
+    low = torch.full((B,), g0, device=x.device)
+    z = corrupt(x, low, draw())
+    h = z * math.exp(-g0) * math.sqrt(1 + math.exp(g0))  # alpha / sigma^2 = e^-g sqrt(1 + e^g)
+    reconstruction = (ops.cross_entropy(h, denoiser.space.table(), batch.ids) * target).sum(1)
+    # Per coordinate (alpha^2 x^2 + sigma^2 - 1 - log sigma^2) / 2, and x^2 averages to 1.
+    prior = 0.5 * denoiser.dim * math.log1p(math.exp(-g1)) * target.sum(1)
+    return Bound(diffusion, reconstruction, prior)

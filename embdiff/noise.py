@@ -1,0 +1,313 @@
+"""Noise: gamma algebra, corruption, and noise schedules.
+
+One number says how noisy a latent is, the log noise-to-signal ratio
+
+    gamma = log(sigma^2 / alpha^2),   alpha^2 = sigmoid(-gamma),   sigma^2 = sigmoid(gamma),          (1)
+
+so alpha^2 + sigma^2 = 1 (variance preserving) and gamma grows with noise. Clean embeddings x [.., D] with unit
+variance per coordinate become
+
+    z = alpha x + sigma eps,   eps ~ N(0, I).                                                          (2)
+
+A noise schedule maps time t in [0, 1] (0 = clean, 1 = noise) to gamma. Schedule maths is float64 on the host.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from embdiff.errors import UserError
+
+Array = NDArray[np.float64]
+Number = TypeVar("Number", float, Tensor)
+
+# --------------------------------------------------------------------------------------------- gamma algebra
+
+
+def alpha_sigma(gamma: Tensor) -> tuple[Tensor, Tensor]:
+    """(alpha, sigma) of equation (1), each shaped like `gamma`; accurate in both tails."""
+    return torch.sigmoid(-gamma).sqrt(), torch.sigmoid(gamma).sqrt()
+
+
+def expand_gamma(gamma: Tensor, z: Tensor) -> Tensor:
+    """gamma [B] or [B, L] as [B, 1, 1] or [B, L, 1], so that it broadcasts over z [B, L, D]."""
+    return gamma.reshape(gamma.shape + (1,) * (z.ndim - gamma.ndim))
+
+
+def corrupt(x: Tensor, gamma: Tensor, noise: Tensor) -> Tensor:
+    """z = alpha x + sigma noise, equation (2). x, noise: [B, L, D]; gamma: [B] or [B, L]."""
+    alpha, sigma = alpha_sigma(expand_gamma(gamma, x))
+    return alpha * x + sigma * noise
+
+
+def noise_from_x0(z: Tensor, x0: Tensor, gamma: Tensor) -> Tensor:
+    """The eps that (2) needs to lead from x0 to z."""
+    alpha, sigma = alpha_sigma(expand_gamma(gamma, z))
+    return (z - alpha * x0) / sigma
+
+
+def x0_from_noise(z: Tensor, noise: Tensor, gamma: Tensor) -> Tensor:
+    """The x0 that (2) needs to lead to z with this noise; the inverse of `noise_from_x0`."""
+    alpha, sigma = alpha_sigma(expand_gamma(gamma, z))
+    return (z - sigma * noise) / alpha
+
+
+def velocity(x: Tensor, noise: Tensor, gamma: Tensor) -> Tensor:
+    """v = alpha noise - sigma x (Salimans & Ho 2022, arXiv:2202.00512, appendix D)."""
+    alpha, sigma = alpha_sigma(expand_gamma(gamma, x))
+    return alpha * noise - sigma * x
+
+
+def critical_gamma(dim: int, vocab_size: int) -> float:
+    """c = ln(D / (2 ln V)): the gamma around which a token of V becomes identifiable from D noisy coordinates."""
+    return math.log(dim / (2 * math.log(vocab_size)))
+
+
+# ------------------------------------------------------------------------------------------- noise schedules
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """gamma(t), strictly increasing from `gamma_min` at t = 0 to `gamma_max` at t = 1.
+
+    A subclass gives the textbook curve `_curve` (time -> gamma), its inverse and its slope. Textbook curves run
+    off to infinity at one end or both; here the part between gamma_min and gamma_max is used, stretched to [0, 1].
+    """
+
+    gamma_min: float = -8.0
+    gamma_max: float = 10.0
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        if not self.gamma_min < self.gamma_max:
+            raise UserError(f"gamma_min {self.gamma_min} must be below gamma_max {self.gamma_max}")
+
+    def _curve(self, t: Array) -> Array:
+        raise NotImplementedError
+
+    def _inverse(self, gamma: Array) -> Array:
+        raise NotImplementedError
+
+    def _slope(self, t: Array) -> Array:
+        raise NotImplementedError
+
+    def _ends(self) -> tuple[float, float]:
+        lo, hi = self._inverse(np.array([self.gamma_min, self.gamma_max]))
+        return float(lo), float(hi)
+
+    def gamma(self, t: ArrayLike) -> Array:
+        """gamma at times t in [0, 1] (clipped), any shape, float64."""
+        lo, hi = self._ends()
+        t = np.clip(np.asarray(t, dtype=np.float64), 0.0, 1.0)
+        return np.clip(self._curve(lo + (hi - lo) * t), self.gamma_min, self.gamma_max)
+
+    def t(self, gamma: ArrayLike) -> Array:
+        """The time at which `gamma` is reached; the inverse of `gamma`, clipped to [0, 1]."""
+        lo, hi = self._ends()
+        gamma = np.clip(np.asarray(gamma, dtype=np.float64), self.gamma_min, self.gamma_max)
+        return np.clip((self._inverse(gamma) - lo) / (hi - lo), 0.0, 1.0)
+
+    def derivative(self, t: ArrayLike) -> Array:
+        """d gamma / d t > 0 at times t in [0, 1]."""
+        lo, hi = self._ends()
+        return self._slope(lo + (hi - lo) * np.asarray(t, dtype=np.float64)) * (hi - lo)
+
+    def config(self) -> dict[str, Any]:
+        """A JSON-able description; `noise_schedule(config)` gives the schedule back."""
+        return {"name": self.name, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class LinearSchedule(NoiseSchedule):
+    """beta(t) linear in t (Ho et al. 2020, arXiv:2006.11239; continuous form Song et al. 2021, arXiv:2011.13456 (32)).
+
+    alpha^2 = exp(-B(t)) with B(t) = b0 t + (b1 - b0) t^2 / 2, so gamma = log(exp(B) - 1).
+    """
+
+    beta_start: float = 0.1
+    beta_end: float = 20.0
+    name: ClassVar[str] = "linear"
+
+    def _integral(self, t: Array) -> Array:
+        return self.beta_start * t + 0.5 * (self.beta_end - self.beta_start) * t**2
+
+    def _curve(self, t: Array) -> Array:
+        B = self._integral(t)
+        return B + np.log(-np.expm1(-B))
+
+    def _inverse(self, gamma: Array) -> Array:
+        B = np.logaddexp(0.0, gamma)
+        b0, slope = self.beta_start, self.beta_end - self.beta_start
+        return 2 * B / (b0 + np.sqrt(b0**2 + 2 * slope * B))
+
+    def _slope(self, t: Array) -> Array:
+        beta = self.beta_start + (self.beta_end - self.beta_start) * t
+        return beta / -np.expm1(-self._integral(t))
+
+
+@dataclass(frozen=True)
+class CosineSchedule(NoiseSchedule):
+    """alpha = cos(pi t / 2) (Nichol & Dhariwal 2021, arXiv:2102.09672 (17), without offset): gamma = 2 log tan(pi t / 2)."""
+
+    name: ClassVar[str] = "cosine"
+
+    def _curve(self, t: Array) -> Array:
+        return 2 * np.log(np.tan(np.pi * t / 2))
+
+    def _inverse(self, gamma: Array) -> Array:
+        return 2 / np.pi * np.arctan(np.exp(gamma / 2))
+
+    def _slope(self, t: Array) -> Array:
+        return 2 * np.pi / np.sin(np.pi * t)
+
+
+@dataclass(frozen=True)
+class SqrtSchedule(NoiseSchedule):
+    """alpha^2 = 1 - sqrt(t + s) (Diffusion-LM, arXiv:2205.14217, section 4.2; s is absorbed by gamma_min)."""
+
+    name: ClassVar[str] = "sqrt"
+
+    def _curve(self, t: Array) -> Array:
+        r = np.sqrt(t)
+        return np.log(r) - np.log1p(-r)
+
+    def _inverse(self, gamma: Array) -> Array:
+        return (1 / (1 + np.exp(-gamma))) ** 2
+
+    def _slope(self, t: Array) -> Array:
+        r = np.sqrt(t)
+        return 1 / (2 * r**2 * (1 - r))
+
+
+@dataclass(frozen=True)
+class GumbelSchedule(NoiseSchedule):
+    """Quantiles of a Gumbel distribution over gamma (LangFlow 2026): gamma = mu - beta log(-log t).
+
+    The cross-entropy of a text model at gamma follows H(gamma) = H_inf exp(-exp(-(gamma - mu) / beta)), so equal
+    steps in t carry equal information. `fit` finds mu and beta from measured cross-entropies.
+    """
+
+    mu: float = 0.0
+    beta: float = 0.85
+    name: ClassVar[str] = "gumbel"
+
+    @classmethod
+    def initial(cls, dim: int, vocab_size: int) -> GumbelSchedule:
+        """Before anything is measured: mu = c + 0.8, beta = 0.85, the range [c - 4, c + 8] (see `critical_gamma`)."""
+        c = critical_gamma(dim, vocab_size)
+        return cls(gamma_min=c - 4, gamma_max=c + 8, mu=c + 0.8, beta=0.85)
+
+    def _cdf(self, gamma: Array) -> Array:
+        return np.exp(-np.exp(-(gamma - self.mu) / self.beta))
+
+    def _ends(self) -> tuple[float, float]:
+        # At gamma_min the distribution function underflows; a floor keeps the quantile function finite there.
+        lo, hi = self._cdf(np.array([self.gamma_min, self.gamma_max]))
+        return max(float(lo), 1e-300), float(hi)
+
+    def _curve(self, t: Array) -> Array:
+        return self.mu - self.beta * np.log(-np.log(t))
+
+    def _inverse(self, gamma: Array) -> Array:
+        return self._cdf(gamma)
+
+    def _slope(self, t: Array) -> Array:
+        return -self.beta / (t * np.log(t))
+
+
+SCHEDULES: dict[str, type[NoiseSchedule]] = {
+    cls.name: cls for cls in (LinearSchedule, CosineSchedule, SqrtSchedule, GumbelSchedule)
+}
+
+
+def noise_schedule(spec: str | Mapping[str, Any] | NoiseSchedule) -> NoiseSchedule:
+    """A schedule from its name, its `config()`, or itself. Unknown names and parameters raise UserError."""
+    if isinstance(spec, NoiseSchedule):
+        return spec
+    config = {"name": spec} if isinstance(spec, str) else dict(spec)
+    name = config.pop("name", None)
+    if name not in SCHEDULES:
+        raise UserError(f"noise schedule {name!r} is unknown: choose one of {', '.join(SCHEDULES)}")
+    cls = SCHEDULES[name]
+    unknown = set(config) - {field.name for field in fields(cls)}
+    if unknown:
+        raise UserError(f"noise schedule {name!r} has no parameter {', '.join(sorted(unknown))}")
+    return cls(**config)
+
+
+class GumbelFit:
+    """Fits the Gumbel schedule online to the cross-entropy that training sees.
+
+    Cross-entropies [nats/token] are binned by gamma with exponential forgetting, and (mu, beta, H_inf) are refitted
+    to the bin means by weighted least squares. mu stays within [c - 1, c + 3], where the information must lie.
+    """
+
+    bins = 96
+
+    def __init__(self, schedule: GumbelSchedule, *, forget: float = 0.99) -> None:
+        self.schedule = schedule
+        self.forget = forget
+        self.edges = np.linspace(schedule.gamma_min, schedule.gamma_max, self.bins + 1)
+        self.weight = np.zeros(self.bins)
+        self.total = np.zeros(self.bins)
+        self.h_inf = 1.0
+        self._mu_bounds = (schedule.mu - 1.8, schedule.mu + 2.2)
+
+    def update(self, gamma: ArrayLike, cross_entropy: ArrayLike) -> None:
+        """Takes one batch of (gamma, cross-entropy) pairs, both [n]."""
+        index = np.clip(np.searchsorted(self.edges, np.asarray(gamma)) - 1, 0, self.bins - 1)
+        ce = np.asarray(cross_entropy, dtype=np.float64)
+        self.weight = self.forget * self.weight + np.bincount(index, minlength=self.bins)
+        self.total = self.forget * self.total + np.bincount(index, weights=ce, minlength=self.bins)
+
+    def fit(self) -> GumbelSchedule:
+        """Refits and returns the schedule; keeps the last one while fewer than eight bins have been seen."""
+        from scipy.optimize import least_squares
+
+        seen = self.weight > 0
+        if seen.sum() < 8:
+            return self.schedule
+        centre = 0.5 * (self.edges[:-1] + self.edges[1:])[seen]
+        mean = self.total[seen] / self.weight[seen]
+        root = np.sqrt(self.weight[seen])
+
+        def residual(p: Array) -> Array:
+            mu, log_beta, h_inf = p
+            return np.asarray(root * (h_inf * np.exp(-np.exp(-(centre - mu) / np.exp(log_beta))) - mean))
+
+        top = max(float(mean.max()), 1e-6)
+        start = [self.schedule.mu, math.log(self.schedule.beta), min(max(self.h_inf, 0.5 * top), 1.5 * top)]
+        lower = [self._mu_bounds[0], math.log(0.3), 0.0]
+        upper = [self._mu_bounds[1], math.log(2.5), 2 * top]
+        start = list(np.clip(start, np.array(lower) + 1e-9, np.array(upper) - 1e-9))
+        mu, log_beta, self.h_inf = (float(v) for v in least_squares(residual, start, bounds=(lower, upper)).x)
+        self.schedule = GumbelSchedule(self.schedule.gamma_min, self.schedule.gamma_max, mu, math.exp(log_beta))
+        return self.schedule
+
+    def curve(self) -> tuple[Array, Array]:
+        """(gamma, mean cross-entropy) of the bins that have been seen, for a picture."""
+        seen = self.weight > 0
+        centre = 0.5 * (self.edges[:-1] + self.edges[1:])
+        return centre[seen], self.total[seen] / self.weight[seen]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything `load_state_dict` needs, JSON-able and exact."""
+        return {"schedule": self.schedule.config(), "weight": self.weight.tolist(), "total": self.total.tolist(),
+                "h_inf": self.h_inf, "mu_bounds": list(self._mu_bounds)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` gave."""
+        schedule = noise_schedule(state["schedule"])
+        assert isinstance(schedule, GumbelSchedule)
+        self.schedule = schedule
+        self.weight, self.total = np.array(state["weight"]), np.array(state["total"])
+        self.h_inf = float(state["h_inf"])
+        self._mu_bounds = (float(state["mu_bounds"][0]), float(state["mu_bounds"][1]))

@@ -1,0 +1,153 @@
+"""The operations that touch the vocabulary, and attention: a reference for each and the fast path for a CPU.
+
+    h       hidden states          [.., H]
+    weight  output weight          [V, H]     logits = h weight^T
+    table   embedding table E      [V, D]
+
+The [B, L, V] logits are never held whole: rows are taken in chunks that stay in the cache.
+The functions named `*_reference` say what the others must give; tests compare them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 256  # rows of logits held at a time
+
+
+class Posterior(NamedTuple):
+    """The token posterior of each position, as far as a sampler needs it.
+
+    mean: [.., D], the mean embedding of the tokens that are not kept apart;
+    kept: [.., K], the probability of each token that is kept apart (K may be 0).
+    """
+
+    mean: Tensor
+    kept: Tensor
+
+
+def expectation_reference(
+    h: Tensor, weight: Tensor, table: Tensor, temperature: float = 1.0, keep: tuple[int, ...] = ()
+) -> Posterior:
+    """The posterior with materialised logits, in the precision of its inputs.
+
+    p = softmax(h weight^T). The tokens in `keep` stay as probable as p says; the others share the rest according to
+    p^(1/temperature). With an empty `keep`, temperature 1, `mean` is softmax(logits) E ("score interpolation",
+    CDCD, arXiv:2211.15089, equation 3).
+    """
+    logits = h @ weight.T
+    ids = list(keep)
+    kept = logits.softmax(-1)[..., ids]
+    words = logits / temperature
+    words[..., ids] = -torch.inf
+    return Posterior(words.softmax(-1) @ table, kept)
+
+
+def expectation(
+    h: Tensor, weight: Tensor, table: Tensor, temperature: float = 1.0, keep: tuple[int, ...] = ()
+) -> Posterior:
+    """`expectation_reference` in row chunks: softmax in fp32, matrix products in the precision of `h`."""
+    rows = h.reshape(-1, h.shape[-1])
+    weight, table = weight.to(h.dtype), table.to(h.dtype)
+    ids = list(keep)
+    means, kepts = [], []
+    for chunk in rows.split(CHUNK):
+        logits = F.linear(chunk, weight).float()
+        if ids:
+            kepts.append((logits[:, ids] - logits.logsumexp(-1, keepdim=True)).exp())
+            logits[:, ids] = -torch.inf
+        p = (logits if temperature == 1.0 else logits / temperature).softmax(-1)
+        means.append((p.to(h.dtype) @ table).float())
+    mean = torch.cat(means).reshape(*h.shape[:-1], table.shape[-1])
+    kept = torch.cat(kepts) if ids else rows.new_zeros((rows.shape[0], 0), dtype=torch.float32)
+    return Posterior(mean, kept.reshape(*h.shape[:-1], len(ids)))
+
+
+def argmax_reference(h: Tensor, weight: Tensor) -> Tensor:
+    """The most probable token of each position, [..]."""
+    return (h @ weight.T).argmax(-1)
+
+
+def argmax(h: Tensor, weight: Tensor) -> Tensor:
+    """`argmax_reference` in row chunks; `max` is used since `argmax` is slow in bf16 on a CPU."""
+    rows = h.reshape(-1, h.shape[-1])
+    weight = weight.to(h.dtype)
+    return torch.cat([F.linear(chunk, weight).max(-1).indices for chunk in rows.split(CHUNK)]).reshape(h.shape[:-1])
+
+
+def cross_entropy_reference(h: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """-log softmax(h weight^T)[target] per position, [..], nats."""
+    logits = (h @ weight.T).float()
+    return logits.logsumexp(-1) - logits.gather(-1, target[..., None])[..., 0]
+
+
+def cross_entropy(h: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """`cross_entropy_reference` in row chunks; each chunk's logits are recomputed in the backward pass.
+
+    Small vocabularies, whose logits are cheap to hold, take the direct way.
+    """
+    weight = weight.to(h.dtype)
+    if target.numel() * weight.shape[0] <= 2**23 or not torch.is_grad_enabled():
+        rows, labels = h.reshape(-1, h.shape[-1]), target.reshape(-1)
+        chunks = zip(rows.split(4 * CHUNK), labels.split(4 * CHUNK), strict=True)
+        losses = [F.cross_entropy(F.linear(c, weight).float(), t, reduction="none") for c, t in chunks]
+        return torch.cat(losses).reshape(target.shape)
+    from torch.utils.checkpoint import checkpoint
+
+    def chunk_loss(c: Tensor, t: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(c, weight).float(), t, reduction="none")
+
+    rows, labels = h.reshape(-1, h.shape[-1]), target.reshape(-1)
+    losses = [
+        checkpoint(chunk_loss, c, t, use_reentrant=False)
+        for c, t in zip(rows.split(4 * CHUNK), labels.split(4 * CHUNK), strict=True)
+    ]
+    return torch.cat(losses).reshape(target.shape)
+
+
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v for q [B, H, L, d], k and v [B, H, S, d], mask [B or 1, 1, L or 1, S] (True = attend)."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`attention_reference`; written out on a CPU, where torch's fused kernel runs bf16 at fp32 speed."""
+    if q.device.type != "cpu" or q.shape[-2] * k.shape[-2] > 2**20:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return scores.softmax(-1) @ v
+
+
+@lru_cache(maxsize=4)
+def fast_dtype(device_type: str) -> torch.dtype:
+    """bf16 where this device multiplies bf16 matrices faster than fp32 ones, else fp32.
+
+    GPUs with compute capability 8 do. Among CPUs it depends on AVX512-BF16 or AMX: without them torch emulates bf16
+    several times slower than fp32. No flag tells for every architecture, so a 10 ms measurement does.
+    """
+    if device_type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    if device_type != "cpu":
+        return torch.float32
+    return torch.bfloat16 if _matmul_time(torch.bfloat16) < 0.8 * _matmul_time(torch.float32) else torch.float32
+
+
+def _matmul_time(dtype: torch.dtype) -> float:
+    """Seconds for one [512, 256] x [256, 512] product: the best of five, after one to warm up."""
+    a, b = torch.ones(512, 256, dtype=dtype), torch.ones(256, 512, dtype=dtype)
+    return min(_timed(lambda: a @ b) for _ in range(6))
+
+
+def _timed(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start

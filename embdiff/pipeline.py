@@ -1,0 +1,256 @@
+"""TextDiffusionPipeline: from noise to text.
+
+    B samples   L target positions   D embedding dim   N steps
+
+The loop is the algorithm: predict x0, take a solver step, repeat; then round x0 to tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from embdiff import ops, vocabulary
+from embdiff.denoiser import Context, Denoiser
+from embdiff.errors import UserError
+from embdiff.guidance import ClassifierFreeGuidance, Guidance
+from embdiff.schedulers import EmbeddingScheduler
+
+Callback = Callable[["TextDiffusionPipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
+
+
+@dataclass
+class TextDiffusionOutput(BaseOutput):  # type: ignore[misc]
+    """texts: one string a sample; sequences: token ids [B, L]; latents: z [B, L, D] if output_type is "latent"."""
+
+    texts: list[str]
+    sequences: Tensor
+    latents: Tensor | None = None
+
+
+class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
+    """Generates text by denoising embeddings.
+
+    Args:
+        denoiser, tokenizer: what `embdiff train` made.
+        scheduler: any `EmbeddingScheduler`; assign another one to `pipe.scheduler` at any time.
+    """
+
+    model_cpu_offload_seq = "denoiser"
+    denoiser: Denoiser
+    tokenizer: PreTrainedTokenizerBase
+    scheduler: EmbeddingScheduler
+
+    def __init__(
+        self, denoiser: Denoiser, tokenizer: PreTrainedTokenizerBase, scheduler: EmbeddingScheduler
+    ) -> None:
+        super().__init__()
+        self.register_modules(denoiser=denoiser, tokenizer=tokenizer, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        num_inference_steps: int = 32,
+        guidance_scale: float = 1.0,
+        guidance: Sequence[Guidance] = (),
+        temperature: float = 0.7,
+        max_length: int | None = None,
+        num_samples: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        callback_on_step_end: Callback | None = None,
+        output_type: str = "text",
+        return_dict: bool = True,
+    ) -> TextDiffusionOutput | tuple[Any, ...]:
+        """Generates `num_samples` texts for each prompt, in the order of the prompts.
+
+        Args:
+            prompt: one, several, or None for text from nothing.
+            negative_prompt: what guidance steers away from; None = the absence of a prompt.
+            num_inference_steps: N >= 1, denoiser evaluations.
+            guidance_scale: classifier-free guidance u + s (c - u); 1 = off, and needs a prompt to act.
+            guidance: further modules.
+            temperature: of the words in the token posterior; 1 samples the model as it is, less is more fluent
+                and less diverse. The probabilities of end-of-text and padding stay as they are, so that texts do
+                not shrink.
+            max_length: target positions, at most what the model was trained for (the default).
+            generator: one from which each sample's seed is drawn, or one for each sample. Noise is drawn sample by
+                sample, so a text does not depend on the batch that it was in.
+            callback_on_step_end: called as callback(pipe, step, timestep, {"latents": z, "x0": x0}) after each step;
+                what it returns replaces the latents.
+            output_type: "text", "seq" (no decoding) or "latent" (neither rounding nor decoding).
+
+        Returns:
+            TextDiffusionOutput, or the tuple (texts, sequences) where `return_dict` is False.
+
+        Raises:
+            UserError: for arguments out of range.
+        """
+        prompts = [None] if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
+        length = self._length(max_length)
+        if num_samples < 1:
+            raise UserError(f"num_samples {num_samples} is too few: ask for at least 1")
+        if not (math.isfinite(temperature) and temperature > 0):
+            raise UserError(f"temperature {temperature} is out of range: give a number above 0, 1 is neutral")
+        if output_type not in ("text", "seq", "latent"):
+            raise UserError(f"output_type {output_type!r} is unknown: choose text, seq or latent")
+        B = len(prompts) * num_samples
+        generators = sample_generators(generator, B)
+        modules = [ClassifierFreeGuidance(guidance_scale), *guidance]
+        contexts = self._contexts(prompts, negative_prompt, num_samples)
+
+        self.scheduler.set_timesteps(num_inference_steps, device=self.device)
+        self.scheduler.set_begin_index(0)
+        z = self._initial_noise(generators, length) * self.scheduler.init_noise_sigma
+        predictor = Predictor(self.denoiser, contexts, modules, temperature, self._kept_tokens())
+        x0 = torch.zeros_like(z)
+        gammas = [float(g) for g in self.scheduler.gammas.cpu()]
+        with self.progress_bar(total=len(gammas)) as progress:
+            for i, t in enumerate(self.scheduler.timesteps):
+                x0 = predictor(self.scheduler.scale_model_input(z, t), gammas[i], x0)
+                z = self.scheduler.step(x0, t, z, generator=generators, return_dict=False)[0]
+                if callback_on_step_end is not None:
+                    changed = callback_on_step_end(self, i, t, {"latents": z, "x0": x0})
+                    z = (changed or {}).get("latents", z)
+                progress.update()
+
+        if output_type == "latent":
+            return self._result([], torch.empty(B, 0, dtype=torch.long), z, return_dict)
+        sequences = self.denoiser.space.round(z)
+        texts = [] if output_type == "seq" else self.decode(sequences)
+        return self._result(texts, sequences, None, return_dict)
+
+    def decode(self, sequences: Tensor) -> list[str]:
+        """The texts of token ids [B, L], each up to its end of text."""
+        return [vocabulary.decode(self.tokenizer, ids) for ids in sequences.tolist()]
+
+    @staticmethod
+    def _result(
+        texts: list[str], sequences: Tensor, latents: Tensor | None, return_dict: bool
+    ) -> TextDiffusionOutput | tuple[Any, ...]:
+        if return_dict:
+            return TextDiffusionOutput(texts, sequences, latents)
+        return (texts, sequences) if latents is None else (texts, sequences, latents)
+
+    def _kept_tokens(self) -> tuple[int, ...]:
+        return (int(self.tokenizer.pad_token_id), int(self.tokenizer.eos_token_id))
+
+    def _length(self, max_length: int | None) -> int:
+        trained = int(self.denoiser.config.max_length)
+        if max_length is None:
+            return trained
+        if not 1 <= max_length <= trained:
+            raise UserError(f"max_length {max_length} is out of range: this model writes 1 to {trained} tokens")
+        return max_length
+
+    def _initial_noise(self, generators: list[torch.Generator], length: int) -> Tensor:
+        shape = (length, self.denoiser.dim)
+        return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generators]).to(self.device)
+
+    def _contexts(
+        self, prompts: list[str] | list[None], negative: str | Sequence[str] | None, num_samples: int
+    ) -> tuple[Context | None, Context | None]:
+        """The encoded prompts and negative prompts, each repeated for its samples; (None, None) without a prompt."""
+        if prompts[0] is None and negative is None:
+            return None, None
+        limit = int(self.denoiser.config.max_prompt_length)
+        if limit == 0:
+            raise UserError("this model was trained without prompts: leave the prompt out, or train on pairs")
+        positive = [p or "" for p in prompts]
+        negatives = [negative or ""] * len(prompts) if negative is None or isinstance(negative, str) else list(negative)
+        if len(negatives) != len(prompts):
+            raise UserError(f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one, or one for each")
+        tokens = self.tokenizer([*positive, *negatives], add_special_tokens=False)["input_ids"]
+        context = self._encode([ids[-limit:] for ids in tokens], num_samples)
+        half = len(prompts) * num_samples
+        first, second = (Context(*(part[..., s, :, :, :] if part.ndim == 5 else part[s] for part in context))
+                         for s in (slice(0, half), slice(half, None)))
+        return first, second
+
+    def _encode(self, tokens: list[list[int]], repeat: int) -> Context:
+        # At least one position, so that the shapes of prompted runs are alike even if every prompt is empty.
+        width = max(1, *(len(ids) for ids in tokens))
+        ids = torch.full((len(tokens), width), cast(int, self.tokenizer.pad_token_id))
+        for row, prompt in enumerate(tokens):
+            ids[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.long)
+        n = torch.tensor([len(prompt) for prompt in tokens])[:, None]
+        column = torch.arange(width)[None]
+        context = self.denoiser.encode_context(
+            ids.to(self.device), (column < n).to(self.device), (column - n).to(self.device)
+        )
+        return Context(
+            context.keys.repeat_interleave(repeat, 1),
+            context.values.repeat_interleave(repeat, 1),
+            context.mask.repeat_interleave(repeat, 0),
+        )
+
+
+class Predictor:
+    """One guided prediction of x0: denoiser, branches, posterior."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        contexts: tuple[Context | None, Context | None],
+        modules: Sequence[Guidance],
+        temperature: float,
+        kept: tuple[int, ...],
+    ) -> None:
+        self.denoiser = denoiser
+        self.context, self.other = contexts
+        self.modules = [m for m in modules if m.scale != 1.0 and self.context is not None]
+        self.temperature = temperature
+        self.kept = kept if temperature != 1.0 else ()
+        self.both = None
+        if self.modules and self.context is not None and self.other is not None:
+            self.both = Context.stack([self.context, self.other])
+        self.table = denoiser.space.table()
+        self.weight = denoiser.output_weight().to(denoiser.dtype)
+
+    def __call__(self, z: Tensor, gamma: float, self_cond: Tensor) -> Tensor:
+        """x0 [B, L, D], fp32, for latents z at noise level gamma, given the previous x0."""
+        active = [m for m in self.modules if m.active(gamma)]
+        if not active:
+            return self._x0(self._features(z, gamma, self.context, self_cond))
+        twice = self._features(torch.cat([z, z]), gamma, self.both, torch.cat([self_cond, self_cond]))
+        for module in (m for m in active if m.space == "logits"):
+            conditional, other = twice.chunk(2)
+            twice = torch.cat([module.combine(conditional, other), other])
+        means = [m for m in active if m.space == "x0"]
+        if not means:
+            return self._x0(twice.chunk(2)[0])
+        x0, other = self._x0(twice).chunk(2)
+        for module in means:
+            x0 = module.combine(x0, other)
+        return x0
+
+    def _features(self, z: Tensor, gamma: float, context: Context | None, self_cond: Tensor) -> Tensor:
+        level = torch.full((len(z),), gamma, dtype=torch.float32, device=z.device)
+        return cast(Tensor, self.denoiser(z, level, context, self_cond))
+
+    def _x0(self, h: Tensor) -> Tensor:
+        mean, kept = ops.expectation(h, self.weight, self.table, self.temperature, self.kept)
+        return kept @ self.table[list(self.kept)] + (1 - kept.sum(-1, keepdim=True)) * mean
+
+
+def sample_generators(
+    generator: torch.Generator | Sequence[torch.Generator] | None, count: int
+) -> list[torch.Generator]:
+    """A CPU generator for each sample. One generator, or none, gives the seeds; several are used as they are."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        if len(generator) != count:
+            raise UserError(f"{len(generator)} generators for {count} samples: give one, or one for each")
+        return list(generator)
+    device = "cpu" if generator is None else generator.device
+    seeds = torch.randint(2**62, (count,), generator=generator, device=device).tolist()
+    return [torch.Generator().manual_seed(seed) for seed in seeds]

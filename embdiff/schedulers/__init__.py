@@ -1,0 +1,36 @@
+"""Schedulers: a solver each, over any noise schedule (see `embdiff.noise`)."""
+
+from __future__ import annotations
+
+from embdiff.errors import UserError
+from embdiff.schedulers.base import EmbeddingScheduler, SchedulerOutput
+from embdiff.schedulers.ddim import DDIMScheduler
+from embdiff.schedulers.ddpm import DDPMScheduler
+from embdiff.schedulers.dpm_solver import DPMSolverScheduler
+from embdiff.schedulers.renoise import RenoiseScheduler
+
+SCHEDULERS: dict[str, type[EmbeddingScheduler]] = {
+    "ddim": DDIMScheduler,
+    "ddpm": DDPMScheduler,
+    "dpm++": DPMSolverScheduler,
+    "renoise": RenoiseScheduler,
+}
+
+
+def scheduler_class(name: str) -> type[EmbeddingScheduler]:
+    """The solver of this name, as `embdiff sample --scheduler` takes it."""
+    if name not in SCHEDULERS:
+        raise UserError(f"scheduler {name!r} is unknown: choose one of {', '.join(SCHEDULERS)}")
+    return SCHEDULERS[name]
+
+
+__all__ = [
+    "SCHEDULERS",
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DPMSolverScheduler",
+    "EmbeddingScheduler",
+    "RenoiseScheduler",
+    "SchedulerOutput",
+    "scheduler_class",
+]

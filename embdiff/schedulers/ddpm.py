@@ -1,0 +1,13 @@
+"""DDPM: ancestral sampling."""
+
+from __future__ import annotations
+
+from embdiff.schedulers.base import EmbeddingScheduler, Level, Row
+from embdiff.schedulers.ddim import ddim_row
+
+
+class DDPMScheduler(EmbeddingScheduler):
+    """Draws z' from the posterior q(z' | z, x0) (Ho et al. 2020, arXiv:2006.11239, equations 6 and 7): DDIM at eta = 1."""
+
+    def _rows(self, levels: list[Level]) -> list[Row]:
+        return [ddim_row(now, to, 1.0) for now, to in zip(levels, levels[1:], strict=False)] + [(0.0, 1.0, 0.0, 0.0)]

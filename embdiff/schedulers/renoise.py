@@ -1,0 +1,15 @@
+"""Renoise: fresh noise on the prediction at every step."""
+
+from __future__ import annotations
+
+from embdiff.schedulers.base import EmbeddingScheduler, Level, Row
+
+
+class RenoiseScheduler(EmbeddingScheduler):
+    """z' = alpha' x0 + sigma' eps: the forward process applied to the prediction (q-sampling, TESS, arXiv:2305.08379).
+
+    Nothing of z survives a step but what the prediction says, so mistakes of early steps can be undone.
+    """
+
+    def _rows(self, levels: list[Level]) -> list[Row]:
+        return [(0.0, to.alpha, 0.0, to.sigma) for to in levels[1:]] + [(0.0, 1.0, 0.0, 0.0)]

@@ -1,0 +1,655 @@
+"""Training: from a corpus to a pipeline folder.
+
+Everything random at step k is drawn from generators seeded with (seed, k), so a resumed run needs no random state and
+ends with the same weights as one that was never stopped.
+
+    DIR/run.yaml               the configuration
+    DIR/log.jsonl              loss, speed and schedule over the steps
+    DIR/tokenizer/             the vocabulary, there from the start
+    DIR/checkpoints/step-*/    training state, see `embdiff.checkpoint`
+    DIR/model_index.json, denoiser/, scheduler/    the pipeline, there at the end
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+
+from embdiff import checkpoint, losses, ops, vocabulary
+from embdiff.batches import Batch, Encoded, Mixture, batch_index, encode
+from embdiff.data import Corpus, load_corpus
+from embdiff.denoiser import SIZES, Denoiser
+from embdiff.errors import UserError
+from embdiff.noise import GumbelFit, GumbelSchedule
+from embdiff.optim import Muon
+
+# ------------------------------------------------------------------------------------------- configuration
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a run; written to run.yaml. Times are in seconds, lengths in tokens."""
+
+    data: str = "docstrings"
+    validation: str | None = None
+    text_column: str | None = None
+    prompt_column: str | None = None
+    separator: str | None = None
+    valid_share: float = 0.05
+    limit: int | None = None
+
+    tokenizer: str = "bpe"
+    vocab_size: int = 8192
+    min_count: int = 2
+
+    size: str = "small"
+    max_length: int = 64
+    max_prompt_length: int = 64
+    on_long: str = "truncate"
+
+    max_steps: int | None = None
+    max_time: float | None = None
+    batch_size: int = 64
+    accumulate: int = 1
+    seed: int = 0
+
+    optimizer: str = "muon"
+    lr: float = 2e-3
+    matrix_lr: float = 4e-3
+    embedding_lr: float = 6e-3
+    weight_decay: float = 0.01
+    warmup: int = 100
+    decay: float = 0.5
+    clip: float = 1.0
+    ema: float = 0.999
+
+    objective: str = "ce"
+    self_condition: float = 0.5
+    drop_prompt: float = 0.1
+    infill: float = 0.1
+    filter_ramp: int = 300
+
+    dtype: str = "auto"
+    compile: bool | None = None
+
+    save_every: int = 500
+    keep: int = 2
+    validate_every: int = 500
+    log_every: int = 10
+    previews: int = 3
+    tracker: str | None = None
+
+    def __post_init__(self) -> None:
+        choices = {"size": tuple(SIZES), "optimizer": ("muon", "adamw"), "objective": ("ce", "vlb"),
+                   "dtype": ("auto", "bf16", "fp32"), "on_long": ("truncate", "drop")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise UserError(f"{name} {getattr(self, name)!r} is unknown: choose one of {', '.join(allowed)}")
+        for name in ("batch_size", "accumulate", "save_every", "keep", "validate_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} {getattr(self, name)} is too small: give at least 1")
+        for name in ("self_condition", "drop_prompt", "infill", "decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} {getattr(self, name)} is out of range: give a share between 0 and 1")
+        for name in ("lr", "matrix_lr", "embedding_lr", "clip"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise UserError(f"{name} {getattr(self, name)} is out of range: give a number above 0")
+        if not 0 <= self.ema < 1:
+            raise UserError(f"ema {self.ema} is out of range: give a decay from 0 (off) to below 1")
+        for name in ("max_steps", "max_time"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise UserError(f"{name} {getattr(self, name)} is out of range: give a number above 0")
+
+    @property
+    def steps(self) -> int | None:
+        """max_steps; 10,000 where neither steps nor time are limited."""
+        return 10_000 if self.max_steps is None and self.max_time is None else self.max_steps
+
+    def save(self, folder: Path) -> None:
+        """Writes DIR/run.yaml."""
+        (folder / "run.yaml").write_text(yaml.safe_dump(asdict(self), sort_keys=False))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The options in a YAML file, checked against the names of TrainConfig; dashes and underscores are alike."""
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read config {path}: {' '.join(str(error).split())}") from error
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise UserError(f"config {path} is not a list of `option: value` lines")
+    options = {str(key).replace("-", "_"): value for key, value in loaded.items()}
+    unknown = set(options) - {f.name for f in fields(TrainConfig)}
+    if unknown:
+        raise UserError(f"config {path} has unknown option {', '.join(sorted(unknown))}: see embdiff train --help")
+    return options
+
+
+# ------------------------------------------------------------------------------------------------ reporting
+
+
+class Reporter(Protocol):
+    """Where a run says how it goes."""
+
+    def note(self, text: str) -> None:
+        """One line of information."""
+
+    def progress(self, metrics: dict[str, float]) -> None:
+        """loss, tokens_per_second, step, share (done, 0 to 1), seconds_left; every `log_every` steps."""
+
+    def validation(self, metrics: dict[str, float], previews: list[tuple[str | None, str]]) -> None:
+        """Metrics on validation data, and (prompt, sample) pairs."""
+
+
+class Silent:
+    """A reporter that says nothing."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+    def progress(self, metrics: dict[str, float]) -> None:
+        """Nothing."""
+
+    def validation(self, metrics: dict[str, float], previews: list[tuple[str | None, str]]) -> None:
+        """Nothing."""
+
+
+class Stopped(Exception):  # noqa: N818  it is no error
+    """The run was asked to stop, has saved its state and can be resumed."""
+
+
+# --------------------------------------------------------------------------------------------------- a run
+
+
+@dataclass
+class Progress:
+    """What the loop counts; part of every checkpoint."""
+
+    step: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    losses: list[tuple[int, float]] = field(default_factory=list)
+
+
+def train(
+    config: TrainConfig,
+    output: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    corpus: Corpus | None = None,
+    reporter: Reporter | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Path:
+    """Trains a model and writes the pipeline to `output`, which it returns.
+
+    Args:
+        resume: continue the newest checkpoint in `output`.
+        overwrite: delete another run in `output` first.
+        corpus: the data, if it is already loaded; else `config.data` is.
+        should_stop: asked after every step.
+
+    Raises:
+        UserError: bad input. Stopped: `should_stop` said so; the state is saved.
+    """
+    reporter = reporter or Silent()
+    prepare_output(output, resume, overwrite)
+    corpus = corpus or load_corpus(
+        config.data, text_column=config.text_column, prompt_column=config.prompt_column, separator=config.separator,
+        validation=config.validation, valid_share=config.valid_share, limit=config.limit,
+    )
+    for text in corpus.notes:
+        reporter.note(text)
+    trainer = Trainer(config, output, corpus, reporter, resume)
+    trainer.run(should_stop)
+    return output
+
+
+def prepare_output(output: Path, resume: bool, overwrite: bool) -> None:
+    """Refuses a folder that holds something else; deletes an earlier run if told to."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output {output} is a file: name a folder")
+    holds_run = (output / "run.yaml").exists() or (output / "model_index.json").exists()
+    if resume:
+        if not (output / "run.yaml").exists():
+            raise UserError(f"nothing to resume in {output}: start a run there without --resume")
+        return
+    if output.exists() and any(output.iterdir()):
+        if not overwrite:
+            held = "a run" if holds_run else "files"
+            raise UserError(f"output folder {output} already holds {held}: use --resume, --overwrite or another folder")
+        if not holds_run:
+            raise UserError(f"output folder {output} holds files that are no embdiff run: --overwrite won't delete them")
+        shutil.rmtree(output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make output folder {output}: {error.strerror}") from error
+
+
+class Trainer:
+    """One run: data, model, optimisers, schedule fit, and the loop over them."""
+
+    def __init__(self, config: TrainConfig, output: Path, corpus: Corpus, reporter: Reporter, resume: bool) -> None:
+        from accelerate import Accelerator
+
+        self.config, self.output, self.corpus, self.reporter = config, output, corpus, reporter
+        self.accelerator = Accelerator(mixed_precision="no", log_with=config.tracker, project_dir=str(output))
+        self.device = self.accelerator.device
+        self.tokenizer = self._tokenizer(resume)
+        self.train_set, self.valid_set = self._encode()
+        self.mixture = Mixture(config.drop_prompt, config.infill)
+        self.denoiser = self._new_denoiser()
+        self.model = self.accelerator.prepare(self.denoiser)
+        self.names = {p: name for name, p in self.denoiser.named_parameters()}
+        self.optimizers = self._new_optimizers()
+        self.ema = {name: p.detach().clone() for name, p in self.denoiser.named_parameters()}
+        self.fit = GumbelFit(GumbelSchedule.initial(self.denoiser.dim, len(self.tokenizer)))
+        self.progress = Progress()
+        self.pending: list[tuple[Tensor, Tensor]] = []
+        self.recent: list[Tensor] = []
+        dtype = config.dtype if config.dtype != "auto" else self._fast_dtype()
+        self.autocast_dtype = torch.bfloat16 if dtype == "bf16" else None
+        if resume:
+            self._load()
+        if self.accelerator.is_main_process:
+            config.save(output)
+            if not (output / "tokenizer").exists():
+                self.tokenizer.save_pretrained(output / "tokenizer")
+        if config.tracker:
+            self.accelerator.init_trackers("embdiff", {k: v for k, v in asdict(config).items() if v is not None})
+        self.forward = self._compiled()
+
+    # ---------------------------------------------------------------------------------------- construction
+
+    def _fast_dtype(self) -> str:
+        return "bf16" if ops.fast_dtype(self.device.type) is torch.bfloat16 else "fp32"
+
+    def _tokenizer(self, resume: bool) -> Any:
+        saved = self.output / "tokenizer"
+        if resume and saved.exists():
+            return vocabulary.load(str(saved))
+        texts = (part for e in self.corpus.train for part in (e.prompt, e.text) if part)
+        return vocabulary.build(
+            self.config.tokenizer, texts, vocab_size=self.config.vocab_size, min_count=self.config.min_count
+        )
+
+    def _encode(self) -> tuple[Encoded, Encoded]:
+        config, prompted = self.config, any(e.prompt for e in self.corpus.train)
+        limit = config.max_prompt_length if prompted else 0
+        sets = []
+        for examples in (self.corpus.train, self.corpus.valid or self.corpus.train[:1]):
+            sets.append(encode(examples, self.tokenizer, config.max_length, limit, config.on_long))
+        if limit:
+            # No wider than the longest prompt: every position costs.
+            width = int(max(1, *(s.prompt_length.max() for s in sets)))
+            sets = [Encoded(s.text, s.text_length, s.prompt[:, :width], s.prompt_length, s.truncated, s.dropped) for s in sets]
+        first = sets[0]
+        if first.truncated or first.dropped:
+            what = f"{first.truncated:,} truncated" if first.truncated else f"{first.dropped:,} dropped"
+            self.reporter.note(f"{what} of {len(self.corpus.train):,} texts: longer than {config.max_length} tokens")
+        return sets[0], sets[1]
+
+    def _new_denoiser(self) -> Denoiser:
+        torch.manual_seed(self.config.seed)
+        denoiser = Denoiser(
+            vocab_size=len(self.tokenizer), max_length=self.config.max_length,
+            max_prompt_length=self.train_set.prompt.shape[1], **SIZES[self.config.size],
+        )
+        count = sum(p.numel() for p in denoiser.parameters())
+        self.reporter.note(
+            f"{count / 1e6:.1f}M parameters, {len(self.tokenizer):,} tokens in the vocabulary, "
+            f"{len(self.train_set):,} training and {len(self.valid_set):,} validation texts on {self.device}"
+        )
+        return denoiser
+
+    def _new_optimizers(self) -> list[torch.optim.Optimizer]:
+        config = self.config
+        embedding = [self.denoiser.space.weight]
+        matrices = [p for name, p in self.denoiser.blocks.named_parameters() if "modulation" not in name]
+        special = {id(p) for p in embedding + matrices}
+        others = [p for p in self.denoiser.parameters() if id(p) not in special]
+        groups = [{"params": embedding, "lr": config.embedding_lr, "weight_decay": 0.0},
+                  {"params": others, "lr": config.lr}]
+        optimizers: list[torch.optim.Optimizer] = []
+        if config.optimizer == "muon":
+            optimizers.append(Muon(matrices, lr=config.matrix_lr, weight_decay=config.weight_decay))
+        else:
+            groups.append({"params": matrices, "lr": config.lr})
+        fused = self.device.type == "cuda"
+        optimizers.append(torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=config.weight_decay, fused=fused))
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["base_lr"] = group["lr"]
+        return optimizers
+
+    def _compiled(self) -> Callable[..., Tensor]:
+        wanted = self.config.compile
+        if wanted is None:
+            # Compiling takes a minute or more on a CPU, so short runs are faster without.
+            wanted = self.device.type == "cuda" or ((self.config.max_time or math.inf) >= 600
+                                                    and (self.config.steps or math.inf) >= 1000)
+        return compiled(self.model, self.device.type, self.reporter.note) if wanted else cast(Any, self.model)
+
+    # ------------------------------------------------------------------------------------------- the loop
+
+    def run(self, should_stop: Callable[[], bool]) -> None:
+        """Trains until the steps or the time are used up, then writes the pipeline."""
+        config = self.config
+        begin = time.monotonic() - self.progress.seconds
+        mark, tokens = time.monotonic(), self.progress.tokens
+        while not self._finished():
+            self._step()
+            step = self.progress.step
+            self.progress.seconds = time.monotonic() - begin
+            if step % config.log_every == 0 or self._finished():
+                now = time.monotonic()
+                self._log((self.progress.tokens - tokens) / max(now - mark, 1e-9))
+                mark, tokens = now, self.progress.tokens
+            if step % config.validate_every == 0 and not self._finished():
+                self._validate()
+                mark = time.monotonic()
+            stop = self._agreed(should_stop())
+            if step % config.save_every == 0 or stop or self._finished():
+                self._save()
+                mark = time.monotonic()
+            if stop and not self._finished():
+                raise Stopped(str(self.output))
+        self._validate()
+        self._write_pipeline()
+        if config.tracker:
+            self.accelerator.end_training()
+
+    def _agreed(self, stop: bool) -> bool:
+        """Whether any process wants to stop, so that all do."""
+        if self.accelerator.num_processes == 1:
+            return stop
+        flag = torch.tensor(float(stop), device=self.device)
+        return bool(cast(Tensor, self.accelerator.reduce(flag)).item() > 0)
+
+    def _share(self) -> float:
+        """How much of the run is done, 0 to 1."""
+        by_step = self.progress.step / self.config.steps if self.config.steps else 0.0
+        by_time = self.progress.seconds / self.config.max_time if self.config.max_time else 0.0
+        return min(1.0, max(by_step, by_time))
+
+    def _finished(self) -> bool:
+        return self._share() >= 1.0
+
+    def _step(self) -> None:
+        step, config = self.progress.step, self.config
+        self._set_learning_rates()
+        self.denoiser.filter_ramp.fill_(min(1.0, step / config.filter_ramp) if config.filter_ramp else 1.0)
+        for part in range(config.accumulate):
+            sync = part == config.accumulate - 1
+            with contextlib.nullcontext() if sync else self.accelerator.no_sync(self.model):
+                loss = self._loss(step, part)
+                self.accelerator.backward(loss / config.accumulate)
+            self.recent.append(loss.detach())
+        clip_grad_norm_(self.denoiser.parameters(), config.clip)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self._update_ema()
+        self.progress.step += 1
+        if self.progress.step % 25 == 0:
+            self._fit_schedule()
+
+    def _loss(self, step: int, part: int) -> Tensor:
+        config = self.config
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        generator = np.random.default_rng((config.seed, step, part))
+        count = config.batch_size * world
+        index = batch_index(len(self.train_set), count, step * config.accumulate + part, config.seed)
+        self.progress.tokens += int(self.train_set.text_length[index].sum())
+        # Drawn for all processes and then shared out, so that their number changes nothing but the order of sums.
+        t = (np.arange(count) + generator.random(count)) / count
+        self_condition = bool(step >= config.filter_ramp and generator.random() < config.self_condition)
+        batch = self.mixture.apply(self.train_set.batch(index), config.max_length, generator)
+        noise = generator.standard_normal((*batch.ids.shape, self.denoiser.dim), dtype=np.float32)
+        mine = slice(rank * config.batch_size, (rank + 1) * config.batch_size)
+        batch = Batch(*(None if x is None else x[mine].to(self.device) for x in
+                        (batch.ids, batch.positions, batch.known, batch.present)))  # type: ignore[arg-type]
+        gamma = torch.from_numpy(self.fit.schedule.gamma(t[mine])).float().to(self.device)
+        eps = torch.from_numpy(noise[mine]).to(self.device)
+        with self._autocast():
+            if config.objective == "ce":
+                loss = losses.cross_entropy(self.denoiser, batch, gamma, eps, self_condition, self.forward)
+            else:
+                density = torch.from_numpy(1 / self.fit.schedule.derivative(t[mine])).float().to(self.device)
+                loss = losses.variational_loss(self.denoiser, batch, gamma, eps, self_condition, density, self.forward)
+        self.pending.append((gamma, loss.cross_entropy))
+        return loss.total
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.autocast_dtype)
+
+    def _set_learning_rates(self) -> None:
+        """Linear warm-up, then constant, then linear to zero over the last `decay` of the run."""
+        warm = min(1.0, (self.progress.step + 1) / max(1, self.config.warmup))
+        cool = min(1.0, (1.0 - self._share()) / self.config.decay) if self.config.decay else 1.0
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * warm * cool
+
+    @torch.no_grad()
+    def _update_ema(self) -> None:
+        # Early on the average is over as many steps as there have been.
+        decay = min(self.config.ema, (1 + self.progress.step) / (10 + self.progress.step))
+        torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.names], 1 - decay)
+
+    def _fit_schedule(self) -> None:
+        for gamma, ce in self._gathered():
+            self.fit.update(gamma.cpu().numpy(), ce.float().cpu().numpy())
+        # Before it has learnt anything the model's cross-entropy says nothing about the noise.
+        if self.progress.step >= 2 * self.config.warmup:
+            self.fit.fit()
+
+    def _gathered(self) -> Iterator[tuple[Tensor, Tensor]]:
+        pending, self.pending = self.pending, []
+        if self.accelerator.num_processes == 1:
+            yield from pending
+        else:
+            for pair in pending:
+                yield cast(Any, self.accelerator.gather(pair))
+
+    # ------------------------------------------------------------------------------------------ reporting
+
+    def _log(self, tokens_per_second: float) -> None:
+        step = self.progress.step
+        values = torch.stack(self.recent).float().cpu().numpy()
+        self.recent = []
+        bad = np.flatnonzero(~np.isfinite(values))
+        if len(bad):
+            first = step - (len(values) - int(bad[0]) - 1) // self.config.accumulate
+            raise UserError(f"the loss is {values[bad[0]]} at step {first}: {self._last_good()}; try a lower --lr")
+        loss, share = float(values.mean()), self._share()
+        self.progress.losses.append((step, loss))
+        metrics = {
+            "step": step, "loss": loss, "tokens_per_second": tokens_per_second, "share": share,
+            "seconds_left": self.progress.seconds * (1 - share) / max(share, 1e-9),
+            "schedule_mu": self.fit.schedule.mu, "schedule_beta": self.fit.schedule.beta,
+        }
+        if self.accelerator.is_main_process:
+            with (self.output / "log.jsonl").open("a") as log:
+                log.write(json.dumps(metrics) + "\n")
+            self.reporter.progress(metrics)
+        if self.config.tracker:
+            self.accelerator.log({k: metrics[k] for k in ("loss", "tokens_per_second", "schedule_mu")}, step=step)
+
+    def _last_good(self) -> str:
+        saved = checkpoint.checkpoints(self.output)
+        return f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was written yet"
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[Denoiser]:
+        """The denoiser with its averaged weights and the whole matched filter."""
+        ramp = self.denoiser.filter_ramp.clone()
+        trained = {name: p.detach().clone() for p, name in self.names.items()}
+        with torch.no_grad():
+            for p, name in self.names.items():
+                p.copy_(self.ema[name])
+        try:
+            yield self.denoiser.eval()
+        finally:
+            with torch.no_grad():
+                for p, name in self.names.items():
+                    p.copy_(trained[name])
+                self.denoiser.filter_ramp.copy_(ramp)
+            self.denoiser.train()
+
+    def _validate(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        with self.averaged() as denoiser:
+            count = min(len(self.valid_set), 128)
+            batch = self.valid_set.batch(range(count)).to(self.device)
+            generator = torch.Generator().manual_seed(self.config.seed)
+            bound = losses.variational_bound(denoiser, batch, self.fit.schedule, generator, samples=2)
+            nats = float(bound.total.sum() / self.valid_set.text_length[:count].sum())
+            previews = self._previews(denoiser) if self.config.previews else []
+        self.reporter.validation({"step": self.progress.step, "bound": nats}, previews)
+        if self.config.tracker:
+            self.accelerator.log({"validation_bound": nats}, step=self.progress.step)
+
+    def _previews(self, denoiser: Denoiser) -> list[tuple[str | None, str]]:
+        prompts = [e.prompt for e in self.corpus.valid[: self.config.previews]] if self.train_set.prompt.shape[1] else []
+        pipe = self._pipeline(denoiser)
+        pipe.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(self.config.seed)
+        count = 1 if prompts else self.config.previews
+        texts = pipe([p or "" for p in prompts] or None, num_inference_steps=16, num_samples=count,
+                     generator=generator).texts
+        return list(zip(prompts or [None] * len(texts), texts, strict=False))
+
+    # --------------------------------------------------------------------------------------------- saving
+
+    def _pipeline(self, denoiser: Denoiser) -> Any:
+        from embdiff.pipeline import TextDiffusionPipeline
+        from embdiff.schedulers import RenoiseScheduler
+
+        scheduler = RenoiseScheduler(noise_schedule=self.fit.schedule.config())
+        return TextDiffusionPipeline(denoiser, self.tokenizer, scheduler)
+
+    def _write_pipeline(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        with self.averaged() as denoiser:
+            pipe = self._pipeline(denoiser)
+            checkpoint.save_folder(self.output / "pipeline.new", pipe.save_pretrained)
+        for path in (self.output / "pipeline.new").iterdir():
+            target = self.output / path.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            path.replace(target)
+        (self.output / "pipeline.new").rmdir()
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """What must be the same for a run to continue."""
+        return {"vocabulary": vocabulary.fingerprint(self.tokenizer), "examples": len(self.train_set),
+                "model": {k: v for k, v in dict(self.denoiser.config).items() if not k.startswith("_")}}
+
+    def _save(self) -> None:
+        self._log_pending()
+        self._fit_pending()
+        if self.accelerator.is_main_process:
+            state = {"step": self.progress.step, "seconds": self.progress.seconds, "tokens": self.progress.tokens,
+                     "losses": self.progress.losses, "schedule": self.fit.state_dict(),
+                     "fingerprint": self._fingerprint()}
+            tensors = {"denoiser": {name: p for p, name in self.names.items()}, "ema": self.ema}
+            for i, optimizer in enumerate(self.optimizers):
+                tensors[f"optimizer-{i}"] = checkpoint.optimizer_tensors(optimizer, self.names)
+            target = self.output / "checkpoints" / f"step-{self.progress.step:08d}"
+            checkpoint.save_folder(target, lambda folder: checkpoint.write_state(folder, tensors, state))
+            checkpoint.prune(self.output, self.config.keep)
+        self.accelerator.wait_for_everyone()
+
+    def _log_pending(self) -> None:
+        """Looks for a bad loss before its weights are saved."""
+        if self.recent and not all(math.isfinite(float(x)) for x in self.recent):
+            self._log(0.0)
+
+    def _fit_pending(self) -> None:
+        """Takes what was measured since the last fit into the statistics, without refitting."""
+        for gamma, ce in self._gathered():
+            self.fit.update(gamma.cpu().numpy(), ce.float().cpu().numpy())
+
+    def _load(self) -> None:
+        saved = checkpoint.checkpoints(self.output)
+        if not saved:
+            self.reporter.note("no checkpoint was written yet: starting from the beginning")
+            return
+        folder = saved[-1]
+        state = checkpoint.read_state(folder)
+        self._check(folder, state)
+        weights, ema = (checkpoint.read_tensors(folder / f"{name}.safetensors") for name in ("denoiser", "ema"))
+        with torch.no_grad():
+            for p, name in self.names.items():
+                p.copy_(weights[name])
+                self.ema[name].copy_(ema[name])
+        for i, optimizer in enumerate(self.optimizers):
+            tensors = checkpoint.read_tensors(folder / f"optimizer-{i}.safetensors")
+            checkpoint.load_optimizer(optimizer, self.names, tensors)
+        self.fit.load_state_dict(state["schedule"])
+        losses_so_far = [(int(s), float(v)) for s, v in state["losses"]]
+        self.progress = Progress(state["step"], state["seconds"], state["tokens"], losses_so_far)
+        self.reporter.note(f"resuming at step {self.progress.step}")
+
+    def _check(self, folder: Path, state: dict[str, Any]) -> None:
+        now, then = self._fingerprint(), state.get("fingerprint")
+        if not isinstance(then, dict):
+            raise UserError(f"{folder} is no embdiff checkpoint: its state.json has no fingerprint")
+        if now["vocabulary"] != then.get("vocabulary"):
+            raise UserError(f"the vocabulary in {self.output / 'tokenizer'} is not the one of {folder}: put the old one back")
+        if now["examples"] != then.get("examples"):
+            raise UserError(f"the data has {now['examples']} examples, the run in {folder} had {then.get('examples')}: "
+                            "resume with the data that it was started with")
+        if now["model"] != then.get("model"):
+            raise UserError(f"the model's shape is not the one of {folder}: resume with the options it was started with")
+
+
+def compiled(model: nn.Module, device_type: str, note: Callable[[str], None]) -> Callable[..., Tensor]:
+    """The model under torch.compile; where that can't work, one warning and the model as it is."""
+    if device_type == "cpu" and not _has_compiler():
+        note("no C++ compiler for torch.compile: training without it, about 1.2 times slower")
+        return cast(Any, model)
+    fast = torch.compile(model, dynamic=False)
+    state = {"call": fast}
+
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return cast(Tensor, state["call"](*args, **kwargs))
+        except Exception as error:
+            if state["call"] is model or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            note(f"torch.compile failed ({type(error).__name__}): training without it")
+            state["call"] = model
+            return cast(Tensor, model(*args, **kwargs))
+
+    return call
+
+
+def _has_compiler() -> bool:
+    import os
+
+    return any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++", "cl") if name)
