@@ -39,6 +39,12 @@ class Batch:
             return ~self.known
         return torch.ones_like(self.ids, dtype=torch.bool)
 
+    def take(self, rows: slice) -> Batch:
+        """Some of the examples."""
+        known = None if self.known is None else self.known[rows]
+        present = None if self.present is None else self.present[rows]
+        return Batch(self.ids[rows], self.positions[rows], known, present)
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on a device."""
         known = None if self.known is None else self.known.to(device)
@@ -66,11 +72,11 @@ class Encoded:
         """Text tokens, the end of text included, padding not."""
         return int(self.text_length.sum())
 
-    def batch(self, index: Sequence[int] | NDArray[Any]) -> Batch:
-        """The examples at `index` with the whole text as target."""
+    def batch(self, index: Sequence[int] | NDArray[Any], length: int | None = None) -> Batch:
+        """The examples at `index` with the first `length` (default L) text positions as target."""
         index = np.asarray(index)
-        L, P = self.text.shape[1], self.prompt.shape[1]
-        text = torch.from_numpy(self.text[index]).long()
+        text = torch.from_numpy(self.text[index, :length]).long()
+        L, P = text.shape[1], self.prompt.shape[1]
         positions = torch.arange(L).expand(len(index), L)
         if P == 0:
             return Batch(text, positions)
@@ -85,7 +91,11 @@ class Encoded:
 
 
 def encode(
-    examples: Sequence[Example], tokenizer: Any, max_length: int, max_prompt_length: int = 0, on_long: str = "truncate"
+    examples: Sequence[Example],
+    tokenizer: Any,
+    max_length: int,
+    max_prompt_length: int = 0,
+    on_long: str = "truncate",
 ) -> Encoded:
     """Tokenises examples. A text longer than max_length - 1 tokens is truncated or, with on_long = "drop", left out.
 
@@ -139,7 +149,8 @@ class Mixture:
         if P == 0:
             # Always a mask when infilling is on: shapes and branches then are those of every other batch.
             return batch if self.infill == 0 else Batch(batch.ids, batch.positions, torch.from_numpy(given))
-        assert batch.known is not None and batch.present is not None
+        assert batch.known is not None
+        assert batch.present is not None
         known, present = batch.known.clone(), batch.present.clone()
         known[:, P:] = torch.from_numpy(given)
         present[dropped, :P] = False
@@ -152,18 +163,55 @@ def _given(length: int, generator: np.random.Generator) -> NDArray[np.bool_]:
     kind = generator.integers(3)
     start, stop = sorted(generator.choice(length + 1, size=2, replace=False))
     if kind == 0:
-        return position < start
+        return np.asarray(position < start)
     if kind == 1:
-        return (position < start) | (position >= stop)
+        return np.asarray((position < start) | (position >= stop))
     given = generator.random(length) < generator.random()
     given[generator.integers(length)] = False
-    return given
+    return np.asarray(given)
 
 
-def batch_index(size: int, batch_size: int, step: int, seed: int) -> NDArray[np.int64]:
-    """Which examples make up the batch of this step: every example once an epoch, in an order that depends on
+@dataclass(frozen=True)
+class Window:
+    """Some steps look only at the first `length` text positions, with as many more examples.
+
+    Short texts are mostly padding, and every position costs. What lies beyond the window is unseen, not known to be
+    padding, so the model learns the exact distribution of the positions that it sees, and length is no less
+    random. share: of the steps, in [0, 1].
+    """
+
+    length: int
+    full: int
+    share: float
+
+    @staticmethod
+    def fitting(encoded: Encoded, share: float) -> Window:
+        """1.25 times the mean text length, rounded up to a multiple of 8; off if that leaves little out."""
+        full = encoded.text.shape[1]
+        length = int(np.ceil(1.25 * encoded.text_length.mean() / 8)) * 8
+        return Window(length, full, share) if length <= 0.75 * full else Window(full, full, 0.0)
+
+    def at(self, step: int) -> int:
+        """How many positions this step looks at; short steps are spread evenly."""
+        return self.length if self._short(step + 1) > self._short(step) else self.full
+
+    def count(self, batch_size: int, step: int) -> int:
+        """Examples in this step's batch: about as many positions as batch_size * full."""
+        return batch_size * self.full // self.at(step)
+
+    def start(self, batch_size: int, step: int) -> int:
+        """Examples in all batches before this step's."""
+        short = self._short(step)
+        return (step - short) * batch_size + short * (batch_size * self.full // self.length)
+
+    def _short(self, steps: int) -> int:
+        return int(steps * self.share + 1e-9)
+
+
+def batch_index(size: int, start: int, count: int, seed: int) -> NDArray[np.int64]:
+    """Examples number start .. start + count - 1 of an endless sequence of epochs, each in an order that depends on
     (seed, epoch) alone, so that a resumed run needs no state."""
-    wanted = np.arange(step * batch_size, (step + 1) * batch_size)
+    wanted = np.arange(start, start + count)
     epochs, within = wanted // size, wanted % size
     orders = {e: np.random.default_rng((seed, int(e))).permutation(size) for e in np.unique(epochs)}
     return np.array([orders[e][i] for e, i in zip(epochs, within, strict=True)])

@@ -1,7 +1,7 @@
 """Checkpoints: safetensors and JSON, written whole or not at all.
 
-A checkpoint is a folder `step-00001234`. It is written under another name, flushed to the disk and renamed, so a run that
-is killed, or a disk that is full, leaves the last good one as it was.
+A checkpoint is a folder `step-00001234`. It is written under another name, flushed to the disk and renamed, so a run
+that is killed, or a disk that is full, leaves the last good one as it was.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def save_folder(target: Path, write: Callable[[Path], None]) -> None:
     except OSError as error:
         shutil.rmtree(fresh, ignore_errors=True)
         reason = error.strerror or error
-        raise UserError(f"cannot save {target}: {reason}; what was saved before is intact, make room and resume") from error
+        raise UserError(
+            f"cannot save {target}: {reason}; what was saved before is intact, make room and resume"
+        ) from error
 
 
 def flush(path: Path) -> None:
@@ -64,7 +66,9 @@ def read_tensors(path: Path) -> Tensors:
     try:
         return dict(load_file(path))
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is missing or damaged ({error}): delete its folder to resume from an earlier one") from error
+        raise UserError(
+            f"{path} is missing or damaged ({error}): delete its folder to resume from an earlier one"
+        ) from error
 
 
 def write_state(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
@@ -79,7 +83,9 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         return dict(json.loads((folder / "state.json").read_text()))
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is no embdiff checkpoint ({error}): delete it to resume from an earlier one") from error
+        raise UserError(
+            f"{folder} is no embdiff checkpoint ({error}): delete it to resume from an earlier one"
+        ) from error
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -96,9 +102,9 @@ def prune(run: Path, keep: int) -> None:
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> Tensors:
     """The optimiser's state as `parameter/key` tensors."""
     return {
-        f"{names[p]}/{key}": torch.as_tensor(value)
-        for p, state in optimizer.state.items()
-        for key, value in state.items()
+        f"{name}/{key}": torch.as_tensor(value)
+        for p, name in names.items()
+        for key, value in optimizer.state.get(p, {}).items()
     }
 
 

@@ -41,9 +41,7 @@ _MIN_LETTERS = 0.8  # of all characters but blanks
 _MAX_TEXT_CHARS = 600  # far more than a sentence; bounds the work on a docstring that is one long table
 
 
-def build(
-    roots: Sequence[Path] | None = None, *, progress: bool = True, refresh: bool = False
-) -> list[Example]:
+def build(roots: Sequence[Path] | None = None, *, progress: bool = True, refresh: bool = False) -> list[Example]:
     """All pairs under `roots` (default: `default_roots()`), without exact duplicates, in order of file paths.
 
     A file that cannot be read or parsed is passed over. The result is cached in `cache_dir()`, under a key

@@ -125,7 +125,7 @@ def variational_bound(
     self-conditioning passes: a function of z_gamma only, so the bound holds. Every target position counts: the end
     of text, padding and `<unk>` are charged like words. g0, g1: the ends of `schedule`.
     """
-    B, S = batch.ids.shape
+    B = len(batch.ids)
     x = denoiser.space.embed(batch.ids)
     target = batch.target().float()
 

@@ -155,7 +155,10 @@ class LinearSchedule(NoiseSchedule):
 
 @dataclass(frozen=True)
 class CosineSchedule(NoiseSchedule):
-    """alpha = cos(pi t / 2) (Nichol & Dhariwal 2021, arXiv:2102.09672 (17), without offset): gamma = 2 log tan(pi t / 2)."""
+    """alpha = cos(pi t / 2), so gamma = 2 log tan(pi t / 2).
+
+    Nichol & Dhariwal 2021 (arXiv:2102.09672), equation (17), without its offset.
+    """
 
     name: ClassVar[str] = "cosine"
 
@@ -184,7 +187,7 @@ class SqrtSchedule(NoiseSchedule):
 
     def _slope(self, t: Array) -> Array:
         r = np.sqrt(t)
-        return 1 / (2 * r**2 * (1 - r))
+        return np.asarray(1 / (2 * r**2 * (1 - r)))
 
 
 @dataclass(frozen=True)
@@ -206,7 +209,7 @@ class GumbelSchedule(NoiseSchedule):
         return cls(gamma_min=c - 4, gamma_max=c + 8, mu=c + 0.8, beta=0.85)
 
     def _cdf(self, gamma: Array) -> Array:
-        return np.exp(-np.exp(-(gamma - self.mu) / self.beta))
+        return np.asarray(np.exp(-np.exp(-(gamma - self.mu) / self.beta)))
 
     def _ends(self) -> tuple[float, float]:
         # At gamma_min the distribution function underflows; a floor keeps the quantile function finite there.
@@ -300,8 +303,13 @@ class GumbelFit:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything `load_state_dict` needs, JSON-able and exact."""
-        return {"schedule": self.schedule.config(), "weight": self.weight.tolist(), "total": self.total.tolist(),
-                "h_inf": self.h_inf, "mu_bounds": list(self._mu_bounds)}
+        return {
+            "schedule": self.schedule.config(),
+            "weight": self.weight.tolist(),
+            "total": self.total.tolist(),
+            "h_inf": self.h_inf,
+            "mu_bounds": list(self._mu_bounds),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what `state_dict` gave."""

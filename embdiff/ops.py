@@ -58,7 +58,7 @@ def expectation(
     weight, table = weight.to(h.dtype), table.to(h.dtype)
     ids = list(keep)
     means, kepts = [], []
-    for chunk in rows.split(CHUNK):
+    for chunk in torch.split(rows, CHUNK):
         logits = F.linear(chunk, weight).float()
         if ids:
             kepts.append((logits[:, ids] - logits.logsumexp(-1, keepdim=True)).exp())
@@ -79,7 +79,9 @@ def argmax(h: Tensor, weight: Tensor) -> Tensor:
     """`argmax_reference` in row chunks; `max` is used since `argmax` is slow in bf16 on a CPU."""
     rows = h.reshape(-1, h.shape[-1])
     weight = weight.to(h.dtype)
-    return torch.cat([F.linear(chunk, weight).max(-1).indices for chunk in rows.split(CHUNK)]).reshape(h.shape[:-1])
+    return torch.cat([F.linear(chunk, weight).max(-1).indices for chunk in torch.split(rows, CHUNK)]).reshape(
+        h.shape[:-1]
+    )
 
 
 def cross_entropy_reference(h: Tensor, weight: Tensor, target: Tensor) -> Tensor:
@@ -89,31 +91,32 @@ def cross_entropy_reference(h: Tensor, weight: Tensor, target: Tensor) -> Tensor
 
 
 def cross_entropy(h: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """`cross_entropy_reference` in row chunks; each chunk's logits are recomputed in the backward pass.
+    """`cross_entropy_reference` in row chunks.
 
-    Small vocabularies, whose logits are cheap to hold, take the direct way.
+    Where the logits would be many, each chunk's are recomputed in the backward pass instead of being kept.
     """
-    weight = weight.to(h.dtype)
-    if target.numel() * weight.shape[0] <= 2**23 or not torch.is_grad_enabled():
-        rows, labels = h.reshape(-1, h.shape[-1]), target.reshape(-1)
-        chunks = zip(rows.split(4 * CHUNK), labels.split(4 * CHUNK), strict=True)
-        losses = [F.cross_entropy(F.linear(c, weight).float(), t, reduction="none") for c, t in chunks]
-        return torch.cat(losses).reshape(target.shape)
     from torch.utils.checkpoint import checkpoint
 
-    def chunk_loss(c: Tensor, t: Tensor) -> Tensor:
-        return F.cross_entropy(F.linear(c, weight).float(), t, reduction="none")
+    weight = weight.to(h.dtype)
 
-    rows, labels = h.reshape(-1, h.shape[-1]), target.reshape(-1)
-    losses = [
-        checkpoint(chunk_loss, c, t, use_reentrant=False)
-        for c, t in zip(rows.split(4 * CHUNK), labels.split(4 * CHUNK), strict=True)
-    ]
+    def chunk_loss(rows: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(rows, weight).float(), labels, reduction="none")
+
+    recompute = target.numel() * weight.shape[0] > 2**23 and torch.is_grad_enabled()
+    chunks = zip(
+        torch.split(h.reshape(-1, h.shape[-1]), 4 * CHUNK),
+        torch.split(target.reshape(-1), 4 * CHUNK),
+        strict=True,
+    )
+    losses = [checkpoint(chunk_loss, *c, use_reentrant=False) if recompute else chunk_loss(*c) for c in chunks]
     return torch.cat(losses).reshape(target.shape)
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v for q [B, H, L, d], k and v [B, H, S, d], mask [B or 1, 1, L or 1, S] (True = attend)."""
+    """softmax(q k^T / sqrt(d)) v for q [B, H, L, d], k and v [B, H, S, d].
+
+    mask: [B or 1, 1, L or 1, S] bool, True = attend.
+    """
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
@@ -124,7 +127,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    return scores.softmax(-1) @ v
+    out: Tensor = scores.softmax(-1) @ v
+    return out
 
 
 @lru_cache(maxsize=4)

@@ -28,7 +28,11 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Iterable[nn.Parameter], lr: float = 2e-3, momentum: float = 0.95, weight_decay: float = 0.0
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float = 2e-3,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
@@ -48,6 +52,7 @@ class Muon(torch.optim.Optimizer):
     def _update(self, params: list[nn.Parameter], lr: float, momentum: float, weight_decay: float) -> None:
         directions = []
         for p in params:
+            assert p.grad is not None
             state = self.state[p]
             if not state:
                 state["momentum"] = torch.zeros_like(p)
@@ -72,4 +77,5 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     x = x.to(matrices.dtype)
-    return x.mT if tall else x
+    result: Tensor = x.mT if tall else x
+    return result

@@ -49,9 +49,7 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
     tokenizer: PreTrainedTokenizerBase
     scheduler: EmbeddingScheduler
 
-    def __init__(
-        self, denoiser: Denoiser, tokenizer: PreTrainedTokenizerBase, scheduler: EmbeddingScheduler
-    ) -> None:
+    def __init__(self, denoiser: Denoiser, tokenizer: PreTrainedTokenizerBase, scheduler: EmbeddingScheduler) -> None:
         super().__init__()
         self.register_modules(denoiser=denoiser, tokenizer=tokenizer, scheduler=scheduler)
 
@@ -173,8 +171,10 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         tokens = self.tokenizer([*positive, *negatives], add_special_tokens=False)["input_ids"]
         context = self._encode([ids[-limit:] for ids in tokens], num_samples)
         half = len(prompts) * num_samples
-        first, second = (Context(*(part[..., s, :, :, :] if part.ndim == 5 else part[s] for part in context))
-                         for s in (slice(0, half), slice(half, None)))
+        first, second = (
+            Context(*(part[..., s, :, :, :] if part.ndim == 5 else part[s] for part in context))
+            for s in (slice(0, half), slice(half, None))
+        )
         return first, second
 
     def _encode(self, tokens: list[list[int]], repeat: int) -> Context:
@@ -254,3 +254,35 @@ def sample_generators(
     device = "cpu" if generator is None else generator.device
     seeds = torch.randint(2**62, (count,), generator=generator, device=device).tolist()
     return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def load(model: str) -> TextDiffusionPipeline:
+    """The pipeline in a local folder, or of a name on the hub; anything else raises UserError in one line."""
+    from pathlib import Path
+
+    folder = Path(model)
+    if not folder.exists() and (model.startswith((".", "/")) or model.count("/") != 1):
+        raise UserError(f"no model at {model}: name the folder that embdiff train wrote")
+    if folder.exists() and not (folder / "model_index.json").exists():
+        if (folder / "run.yaml").exists():
+            raise UserError(
+                f"the run in {model} is not finished: continue it with embdiff train --output {model} --resume"
+            )
+        raise UserError(f"{model} holds no embdiff model: name the folder that embdiff train wrote")
+    try:
+        pipe = TextDiffusionPipeline.from_pretrained(model, use_safetensors=True)
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"cannot load the model in {model}: {reason}; the folder is damaged or of another kind"
+        ) from error
+    if not isinstance(pipe.denoiser, Denoiser):
+        raise UserError(f"{model} is no embdiff model: its denoiser is a {type(pipe.denoiser).__name__}")
+    vocabulary_size = int(pipe.denoiser.config.vocab_size)
+    if len(pipe.tokenizer) != vocabulary_size:
+        raise UserError(
+            f"the tokenizer in {model} has {len(pipe.tokenizer)} tokens, its denoiser {vocabulary_size}: no pair"
+        )
+    return cast(TextDiffusionPipeline, pipe)

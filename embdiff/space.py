@@ -27,12 +27,16 @@ class EmbeddingSpace(nn.Module):
 
     def table(self) -> Tensor:
         """E [V, D] in fp32, each row of length sqrt(D)."""
-        return F.normalize(self.weight.float(), dim=-1) * self.dim**0.5
+        return self._on_sphere(self.weight)
 
     def embed(self, ids: Tensor) -> Tensor:
         """The embeddings [.., D] of token ids [..]."""
-        return F.normalize(F.embedding(ids, self.weight).float(), dim=-1) * self.dim**0.5
+        return self._on_sphere(F.embedding(ids, self.weight))
 
     def round(self, x: Tensor) -> Tensor:
         """The nearest token [..] to each point x [.., D]. All rows are equally long, so nearest is largest product."""
         return ops.argmax(x.float(), self.table())
+
+    def _on_sphere(self, rows: Tensor) -> Tensor:
+        length: float = self.dim**0.5
+        return F.normalize(rows.float(), dim=-1) * length

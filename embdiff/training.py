@@ -26,11 +26,11 @@ from typing import Any, Protocol, cast
 import numpy as np
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from embdiff import checkpoint, losses, ops, vocabulary
-from embdiff.batches import Batch, Encoded, Mixture, batch_index, encode
+from embdiff.batches import Encoded, Mixture, Window, batch_index, encode
 from embdiff.data import Corpus, load_corpus
 from embdiff.denoiser import SIZES, Denoiser
 from embdiff.errors import UserError
@@ -81,6 +81,7 @@ class TrainConfig:
     self_condition: float = 0.5
     drop_prompt: float = 0.1
     infill: float = 0.1
+    window: float = 0.6
     filter_ramp: int = 300
 
     dtype: str = "auto"
@@ -94,15 +95,20 @@ class TrainConfig:
     tracker: str | None = None
 
     def __post_init__(self) -> None:
-        choices = {"size": tuple(SIZES), "optimizer": ("muon", "adamw"), "objective": ("ce", "vlb"),
-                   "dtype": ("auto", "bf16", "fp32"), "on_long": ("truncate", "drop")}
+        choices = {
+            "size": tuple(SIZES),
+            "optimizer": ("muon", "adamw"),
+            "objective": ("ce", "vlb"),
+            "dtype": ("auto", "bf16", "fp32"),
+            "on_long": ("truncate", "drop"),
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name} {getattr(self, name)!r} is unknown: choose one of {', '.join(allowed)}")
         for name in ("batch_size", "accumulate", "save_every", "keep", "validate_every", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)} is too small: give at least 1")
-        for name in ("self_condition", "drop_prompt", "infill", "decay"):
+        for name in ("self_condition", "drop_prompt", "infill", "window", "decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} {getattr(self, name)} is out of range: give a share between 0 and 1")
         for name in ("lr", "matrix_lr", "embedding_lr", "clip"):
@@ -211,8 +217,13 @@ def train(
     reporter = reporter or Silent()
     prepare_output(output, resume, overwrite)
     corpus = corpus or load_corpus(
-        config.data, text_column=config.text_column, prompt_column=config.prompt_column, separator=config.separator,
-        validation=config.validation, valid_share=config.valid_share, limit=config.limit,
+        config.data,
+        text_column=config.text_column,
+        prompt_column=config.prompt_column,
+        separator=config.separator,
+        validation=config.validation,
+        valid_share=config.valid_share,
+        limit=config.limit,
     )
     for text in corpus.notes:
         reporter.note(text)
@@ -235,7 +246,9 @@ def prepare_output(output: Path, resume: bool, overwrite: bool) -> None:
             held = "a run" if holds_run else "files"
             raise UserError(f"output folder {output} already holds {held}: use --resume, --overwrite or another folder")
         if not holds_run:
-            raise UserError(f"output folder {output} holds files that are no embdiff run: --overwrite won't delete them")
+            raise UserError(
+                f"output folder {output} holds files that are no embdiff run: --overwrite won't delete them"
+            )
         shutil.rmtree(output)
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -252,9 +265,12 @@ class Trainer:
         self.config, self.output, self.corpus, self.reporter = config, output, corpus, reporter
         self.accelerator = Accelerator(mixed_precision="no", log_with=config.tracker, project_dir=str(output))
         self.device = self.accelerator.device
+        # Zero-initialised layers start with gradients near 1e-40, which a CPU multiplies a hundred times slower.
+        torch.set_flush_denormal(True)
         self.tokenizer = self._tokenizer(resume)
         self.train_set, self.valid_set = self._encode()
         self.mixture = Mixture(config.drop_prompt, config.infill)
+        self.window = Window.fitting(self.train_set, config.window)
         self.denoiser = self._new_denoiser()
         self.model = self.accelerator.prepare(self.denoiser)
         self.names = {p: name for name, p in self.denoiser.named_parameters()}
@@ -299,7 +315,10 @@ class Trainer:
         if limit:
             # No wider than the longest prompt: every position costs.
             width = int(max(1, *(s.prompt_length.max() for s in sets)))
-            sets = [Encoded(s.text, s.text_length, s.prompt[:, :width], s.prompt_length, s.truncated, s.dropped) for s in sets]
+            sets = [
+                Encoded(s.text, s.text_length, s.prompt[:, :width], s.prompt_length, s.truncated, s.dropped)
+                for s in sets
+            ]
         first = sets[0]
         if first.truncated or first.dropped:
             what = f"{first.truncated:,} truncated" if first.truncated else f"{first.dropped:,} dropped"
@@ -309,15 +328,17 @@ class Trainer:
     def _new_denoiser(self) -> Denoiser:
         torch.manual_seed(self.config.seed)
         denoiser = Denoiser(
-            vocab_size=len(self.tokenizer), max_length=self.config.max_length,
-            max_prompt_length=self.train_set.prompt.shape[1], **SIZES[self.config.size],
+            vocab_size=len(self.tokenizer),
+            max_length=self.config.max_length,
+            max_prompt_length=self.train_set.prompt.shape[1],
+            **SIZES[self.config.size],
         )
         count = sum(p.numel() for p in denoiser.parameters())
         self.reporter.note(
             f"{count / 1e6:.1f}M parameters, {len(self.tokenizer):,} tokens in the vocabulary, "
             f"{len(self.train_set):,} training and {len(self.valid_set):,} validation texts on {self.device}"
         )
-        return denoiser
+        return cast(Denoiser, denoiser)
 
     def _new_optimizers(self) -> list[torch.optim.Optimizer]:
         config = self.config
@@ -325,8 +346,10 @@ class Trainer:
         matrices = [p for name, p in self.denoiser.blocks.named_parameters() if "modulation" not in name]
         special = {id(p) for p in embedding + matrices}
         others = [p for p in self.denoiser.parameters() if id(p) not in special]
-        groups = [{"params": embedding, "lr": config.embedding_lr, "weight_decay": 0.0},
-                  {"params": others, "lr": config.lr}]
+        groups = [
+            {"params": embedding, "lr": config.embedding_lr, "weight_decay": 0.0},
+            {"params": others, "lr": config.lr},
+        ]
         optimizers: list[torch.optim.Optimizer] = []
         if config.optimizer == "muon":
             optimizers.append(Muon(matrices, lr=config.matrix_lr, weight_decay=config.weight_decay))
@@ -343,9 +366,11 @@ class Trainer:
         wanted = self.config.compile
         if wanted is None:
             # Compiling takes a minute or more on a CPU, so short runs are faster without.
-            wanted = self.device.type == "cuda" or ((self.config.max_time or math.inf) >= 600
-                                                    and (self.config.steps or math.inf) >= 1000)
-        return compiled(self.model, self.device.type, self.reporter.note) if wanted else cast(Any, self.model)
+            wanted = self.device.type == "cuda" or (
+                (self.config.max_time or math.inf) >= 600 and (self.config.steps or math.inf) >= 1000
+            )
+        model = cast(Callable[..., Tensor], self.model)
+        return compiled(model, self.device.type, self.reporter.note) if wanted else model
 
     # ------------------------------------------------------------------------------------------- the loop
 
@@ -415,17 +440,20 @@ class Trainer:
         config = self.config
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         generator = np.random.default_rng((config.seed, step, part))
-        count = config.batch_size * world
-        index = batch_index(len(self.train_set), count, step * config.accumulate + part, config.seed)
-        self.progress.tokens += int(self.train_set.text_length[index].sum())
+        turn = step * config.accumulate + part
+        length = self.window.at(turn)
+        each = self.window.count(config.batch_size, turn)
+        count = each * world
+        start = self.window.start(config.batch_size, turn) * world
+        index = batch_index(len(self.train_set), start, count, config.seed)
+        self.progress.tokens += int(self.train_set.text_length[index].clip(max=length).sum())
         # Drawn for all processes and then shared out, so that their number changes nothing but the order of sums.
         t = (np.arange(count) + generator.random(count)) / count
         self_condition = bool(step >= config.filter_ramp and generator.random() < config.self_condition)
-        batch = self.mixture.apply(self.train_set.batch(index), config.max_length, generator)
+        batch = self.mixture.apply(self.train_set.batch(index, length), length, generator)
         noise = generator.standard_normal((*batch.ids.shape, self.denoiser.dim), dtype=np.float32)
-        mine = slice(rank * config.batch_size, (rank + 1) * config.batch_size)
-        batch = Batch(*(None if x is None else x[mine].to(self.device) for x in
-                        (batch.ids, batch.positions, batch.known, batch.present)))  # type: ignore[arg-type]
+        mine = slice(rank * each, (rank + 1) * each)
+        batch = batch.take(mine).to(self.device)
         gamma = torch.from_numpy(self.fit.schedule.gamma(t[mine])).float().to(self.device)
         eps = torch.from_numpy(noise[mine]).to(self.device)
         with self._autocast():
@@ -434,7 +462,9 @@ class Trainer:
             else:
                 density = torch.from_numpy(1 / self.fit.schedule.derivative(t[mine])).float().to(self.device)
                 loss = losses.variational_loss(self.denoiser, batch, gamma, eps, self_condition, density, self.forward)
-        self.pending.append((gamma, loss.cross_entropy))
+        if length == config.max_length:
+            # The schedule is fitted to what sampling sees: whole texts.
+            self.pending.append((gamma, loss.cross_entropy))
         return loss.total
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -484,9 +514,13 @@ class Trainer:
         loss, share = float(values.mean()), self._share()
         self.progress.losses.append((step, loss))
         metrics = {
-            "step": step, "loss": loss, "tokens_per_second": tokens_per_second, "share": share,
+            "step": step,
+            "loss": loss,
+            "tokens_per_second": tokens_per_second,
+            "share": share,
             "seconds_left": self.progress.seconds * (1 - share) / max(share, 1e-9),
-            "schedule_mu": self.fit.schedule.mu, "schedule_beta": self.fit.schedule.beta,
+            "schedule_mu": self.fit.schedule.mu,
+            "schedule_beta": self.fit.schedule.beta,
         }
         if self.accelerator.is_main_process:
             with (self.output / "log.jsonl").open("a") as log:
@@ -531,13 +565,16 @@ class Trainer:
             self.accelerator.log({"validation_bound": nats}, step=self.progress.step)
 
     def _previews(self, denoiser: Denoiser) -> list[tuple[str | None, str]]:
-        prompts = [e.prompt for e in self.corpus.valid[: self.config.previews]] if self.train_set.prompt.shape[1] else []
+        prompts = (
+            [e.prompt for e in self.corpus.valid[: self.config.previews]] if self.train_set.prompt.shape[1] else []
+        )
         pipe = self._pipeline(denoiser)
         pipe.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(self.config.seed)
         count = 1 if prompts else self.config.previews
-        texts = pipe([p or "" for p in prompts] or None, num_inference_steps=16, num_samples=count,
-                     generator=generator).texts
+        texts = pipe(
+            [p or "" for p in prompts] or None, num_inference_steps=16, num_samples=count, generator=generator
+        ).texts
         return list(zip(prompts or [None] * len(texts), texts, strict=False))
 
     # --------------------------------------------------------------------------------------------- saving
@@ -564,16 +601,24 @@ class Trainer:
 
     def _fingerprint(self) -> dict[str, Any]:
         """What must be the same for a run to continue."""
-        return {"vocabulary": vocabulary.fingerprint(self.tokenizer), "examples": len(self.train_set),
-                "model": {k: v for k, v in dict(self.denoiser.config).items() if not k.startswith("_")}}
+        return {
+            "vocabulary": vocabulary.fingerprint(self.tokenizer),
+            "examples": len(self.train_set),
+            "model": {k: v for k, v in dict(self.denoiser.config).items() if not k.startswith("_")},
+        }
 
     def _save(self) -> None:
         self._log_pending()
         self._fit_pending()
         if self.accelerator.is_main_process:
-            state = {"step": self.progress.step, "seconds": self.progress.seconds, "tokens": self.progress.tokens,
-                     "losses": self.progress.losses, "schedule": self.fit.state_dict(),
-                     "fingerprint": self._fingerprint()}
+            state = {
+                "step": self.progress.step,
+                "seconds": self.progress.seconds,
+                "tokens": self.progress.tokens,
+                "losses": self.progress.losses,
+                "schedule": self.fit.state_dict(),
+                "fingerprint": self._fingerprint(),
+            }
             tensors = {"denoiser": {name: p for p, name in self.names.items()}, "ema": self.ema}
             for i, optimizer in enumerate(self.optimizers):
                 tensors[f"optimizer-{i}"] = checkpoint.optimizer_tensors(optimizer, self.names)
@@ -618,33 +663,39 @@ class Trainer:
         if not isinstance(then, dict):
             raise UserError(f"{folder} is no embdiff checkpoint: its state.json has no fingerprint")
         if now["vocabulary"] != then.get("vocabulary"):
-            raise UserError(f"the vocabulary in {self.output / 'tokenizer'} is not the one of {folder}: put the old one back")
+            raise UserError(
+                f"the vocabulary in {self.output / 'tokenizer'} is not the one of {folder}: put the old one back"
+            )
         if now["examples"] != then.get("examples"):
-            raise UserError(f"the data has {now['examples']} examples, the run in {folder} had {then.get('examples')}: "
-                            "resume with the data that it was started with")
+            raise UserError(
+                f"the data has {now['examples']} examples, the run in {folder} had {then.get('examples')}: "
+                "resume with the data that it was started with"
+            )
         if now["model"] != then.get("model"):
-            raise UserError(f"the model's shape is not the one of {folder}: resume with the options it was started with")
+            raise UserError(
+                f"the model's shape is not the one of {folder}: resume with the options it was started with"
+            )
 
 
-def compiled(model: nn.Module, device_type: str, note: Callable[[str], None]) -> Callable[..., Tensor]:
+def compiled(model: Callable[..., Tensor], device_type: str, note: Callable[[str], None]) -> Callable[..., Tensor]:
     """The model under torch.compile; where that can't work, one warning and the model as it is."""
     if device_type == "cpu" and not _has_compiler():
         note("no C++ compiler for torch.compile: training without it, about 1.2 times slower")
-        return cast(Any, model)
+        return model
     fast = torch.compile(model, dynamic=False)
-    state = {"call": fast}
+    state: dict[str, Callable[..., Tensor]] = {"call": fast}
 
     def call(*args: Any, **kwargs: Any) -> Tensor:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                return cast(Tensor, state["call"](*args, **kwargs))
+                return state["call"](*args, **kwargs)
         except Exception as error:
             if state["call"] is model or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise
             note(f"torch.compile failed ({type(error).__name__}): training without it")
             state["call"] = model
-            return cast(Tensor, model(*args, **kwargs))
+            return model(*args, **kwargs)
 
     return call
 

@@ -24,9 +24,7 @@ SPECIALS = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "u
 _BYTES = 256
 
 
-def build(
-    spec: str, texts: Iterable[str], *, vocab_size: int = 8192, min_count: int = 2
-) -> PreTrainedTokenizerBase:
+def build(spec: str, texts: Iterable[str], *, vocab_size: int = 8192, min_count: int = 2) -> PreTrainedTokenizerBase:
     """A tokenizer by its spec: "bpe" and "word" learn one from `texts`, anything else is given to `load`."""
     if spec == "bpe":
         return train_bpe(texts, vocab_size)
@@ -58,9 +56,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int = 8192) -> PreTrainedTokeniz
     return _wrap(tokenizer)
 
 
-def train_word(
-    texts: Iterable[str], min_count: int = 2, max_size: int | None = None
-) -> PreTrainedTokenizerFast:
+def train_word(texts: Iterable[str], min_count: int = 2, max_size: int | None = None) -> PreTrainedTokenizerFast:
     """Words between whitespace that occur at least `min_count` times; all others are <unk>.
 
     Ids go by descending count, then by alphabet. `max_size` bounds all entries, the 4 specials included.

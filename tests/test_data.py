@@ -169,9 +169,7 @@ def test_docstrings_is_a_word_and_not_a_path(monkeypatch: pytest.MonkeyPatch, tm
 def test_importing_is_light() -> None:
     code = "import sys, embdiff; b = set(sys.modules); import embdiff.data; print(*(set(sys.modules) - b))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not {"torch", "transformers", "tokenizers", "datasets", "pyarrow", "rich"} & set(
-        done.stdout.split()
-    )
+    assert not {"torch", "transformers", "tokenizers", "datasets", "pyarrow", "rich"} & set(done.stdout.split())
 
 
 # --- splitting -------------------------------------------------------------------------------------------
@@ -189,9 +187,7 @@ def test_the_sides_share_neither_prompt_nor_text(examples: list[Example], share:
 
 
 @given(examples_lists, shares, st.randoms(use_true_random=False))
-def test_the_split_does_not_depend_on_the_order(
-    examples: list[Example], share: float, dice: random.Random
-) -> None:
+def test_the_split_does_not_depend_on_the_order(examples: list[Example], share: float, dice: random.Random) -> None:
     shuffled = examples.copy()
     dice.shuffle(shuffled)
     for one, other in zip(split(examples, share)[:2], split(shuffled, share)[:2], strict=True):

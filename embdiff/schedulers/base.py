@@ -28,6 +28,7 @@ from embdiff.errors import UserError
 from embdiff.noise import Array, NoiseSchedule, corrupt, noise_schedule, velocity
 
 Row = tuple[float, float, float, float]
+TO_X0: Row = (0.0, 1.0, 0.0, 0.0)
 Generators = torch.Generator | list[torch.Generator] | None
 
 
@@ -79,7 +80,7 @@ class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     # ------------------------------------------------------------------------------------------ the solver
 
     def _rows(self, levels: list[Level]) -> list[Row]:
-        """N rows from N levels with finite gamma, falling; row k leads from level k to k + 1, the last to x0."""
+        """N - 1 rows from N falling levels: row k leads from level k to level k + 1."""
         raise NotImplementedError
 
     # ---------------------------------------------------------------------------------- diffusers' contract
@@ -101,7 +102,7 @@ class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def _set_levels(self, n: int, device: str | torch.device | None = None) -> None:
         times = 1.0 - np.arange(n) / n
         gamma = self.noise_schedule.gamma(times)
-        rows = self._rows([Level(float(g)) for g in gamma])
+        rows = [*self._rows([Level(float(g)) for g in gamma]), TO_X0]
         self._times: Array = times
         self._table = rows
         self.gammas = torch.tensor(gamma, dtype=torch.float32, device=device)

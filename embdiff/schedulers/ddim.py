@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 from diffusers.configuration_utils import register_to_config
@@ -24,7 +25,10 @@ def ddim_row(now: Level, to: Level, eta: float) -> Row:
 
 
 class DDIMScheduler(EmbeddingScheduler):
-    """DDIM (arXiv:2010.02502): eta = 0 follows the probability-flow ODE to first order, eta = 1 is ancestral sampling."""
+    """DDIM (arXiv:2010.02502).
+
+    eta = 0 follows the probability-flow ODE to first order; eta = 1 is ancestral sampling.
+    """
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
@@ -39,5 +43,4 @@ class DDIMScheduler(EmbeddingScheduler):
         super().__init__(num_train_timesteps, noise_schedule, prediction_type)
 
     def _rows(self, levels: list[Level]) -> list[Row]:
-        eta = self.config.eta
-        return [ddim_row(now, to, eta) for now, to in zip(levels, levels[1:], strict=False)] + [(0.0, 1.0, 0.0, 0.0)]
+        return [ddim_row(now, to, self.config.eta) for now, to in pairwise(levels)]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from embdiff.schedulers.base import EmbeddingScheduler, Level, Row
 from embdiff.schedulers.ddim import ddim_row
 
 
 class DDPMScheduler(EmbeddingScheduler):
-    """Draws z' from the posterior q(z' | z, x0) (Ho et al. 2020, arXiv:2006.11239, equations 6 and 7): DDIM at eta = 1."""
+    """Draws z' from the posterior q(z' | z, x0): DDIM at eta = 1.
+
+    Ho et al. 2020 (arXiv:2006.11239), equations (6) and (7).
+    """
 
     def _rows(self, levels: list[Level]) -> list[Row]:
-        return [ddim_row(now, to, 1.0) for now, to in zip(levels, levels[1:], strict=False)] + [(0.0, 1.0, 0.0, 0.0)]
+        return [ddim_row(now, to, eta=1.0) for now, to in pairwise(levels)]

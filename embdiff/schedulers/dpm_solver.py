@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 from embdiff.schedulers.base import EmbeddingScheduler, Level, Row
 
@@ -18,15 +19,13 @@ class DPMSolverScheduler(EmbeddingScheduler):
     The first step has no previous prediction and is of first order (D = x0).
     """
 
-    order = 1
-
     def _rows(self, levels: list[Level]) -> list[Row]:
         rows: list[Row] = []
         h_prev = None
-        for now, to in zip(levels, levels[1:], strict=False):
+        for now, to in pairwise(levels):
             h = to.lam - now.lam
             step = -to.alpha * math.expm1(-h)
             extrapolation = 0.0 if h_prev is None else 0.5 * h / h_prev
             rows.append((to.sigma / now.sigma, step * (1 + extrapolation), -step * extrapolation, 0.0))
             h_prev = h
-        return [*rows, (0.0, 1.0, 0.0, 0.0)]
+        return rows

@@ -12,4 +12,4 @@ class RenoiseScheduler(EmbeddingScheduler):
     """
 
     def _rows(self, levels: list[Level]) -> list[Row]:
-        return [(0.0, to.alpha, 0.0, to.sigma) for to in levels[1:]] + [(0.0, 1.0, 0.0, 0.0)]
+        return [(0.0, to.alpha, 0.0, to.sigma) for to in levels[1:]]

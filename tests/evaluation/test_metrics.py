@@ -55,9 +55,7 @@ def distinct_1(texts):
     return metrics.distinct_n(texts, 1)
 
 
-@pytest.mark.parametrize(
-    "measure", [metrics.unigram_entropy, metrics.mean_length, metrics.repetition, distinct_1]
-)
+@pytest.mark.parametrize("measure", [metrics.unigram_entropy, metrics.mean_length, metrics.repetition, distinct_1])
 def test_no_texts_is_a_user_error(measure):
     with pytest.raises(UserError, match="no texts"):
         measure([])

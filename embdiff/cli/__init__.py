@@ -1,0 +1,44 @@
+"""The command line. Each command is thin: it turns options into a call and errors into one line and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from embdiff.cli.quickstart import quickstart
+from embdiff.cli.sample import sample
+from embdiff.cli.train import train
+
+app = typer.Typer(
+    name="embdiff",
+    help="Text diffusion in a continuous embedding space: train, sample, steer.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command()(quickstart)
+app.command()(train)
+app.command()(sample)
+
+
+@app.callback(invoke_without_command=True)
+def root(version: bool = typer.Option(False, "--version", help="Print the version and leave.")) -> None:
+    """Text diffusion in a continuous embedding space: train, sample, steer."""
+    if version:
+        from embdiff import __version__
+
+        typer.echo(f"embdiff {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """The console script: bad input is one line on stderr and exit code 2."""
+    from embdiff.errors import UserError
+
+    try:
+        app()
+    except UserError as error:
+        print(f"embdiff: {error}", file=sys.stderr)
+        sys.exit(2)

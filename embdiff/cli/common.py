@@ -1,0 +1,112 @@
+"""What the commands share: durations, devices, loading a model."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from embdiff.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from embdiff.pipeline import TextDiffusionPipeline
+
+UNITS = {"s": 1, "m": 60, "h": 3600}
+
+
+def seconds(text: str) -> float:
+    """90, 90s, 15m or 1h30m in seconds."""
+    if re.fullmatch(r"\d+(\.\d+)?", text):
+        return float(text)
+    parts = re.findall(r"(\d+(?:\.\d+)?)([smh])", text)
+    if not parts or "".join(number + unit for number, unit in parts) != text:
+        raise UserError(f"time {text!r} is not understood: write 90s, 15m or 1h30m")
+    return sum(float(number) * UNITS[unit] for number, unit in parts)
+
+
+def duration(value: float) -> str:
+    """Seconds as 1h05m, 3m20s or 45s."""
+    whole = round(value)
+    if whole >= 3600:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"
+
+
+def quiet() -> None:
+    """Keeps the libraries' own remarks and progress bars out of the output."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch.*")
+    import diffusers.utils.logging as diffusers_logging
+    import transformers.utils.logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    logging.getLogger("torch").setLevel(logging.ERROR)
+
+
+def device(name: str) -> torch.device:
+    """The device of this name; `auto` takes the best there is."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        chosen = torch.device(name)
+        torch.zeros(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {name!r} can't be used ({reason}): choose cpu, cuda or auto") from error
+    return chosen
+
+
+def dtype(name: str, chosen: torch.device) -> torch.dtype:
+    """fp32, bf16, or `auto`: whichever is faster on the device."""
+    import torch
+
+    from embdiff import ops
+
+    if name == "auto":
+        return ops.fast_dtype(chosen.type)
+    names = {
+        "fp32": torch.float32,
+        "float32": torch.float32,
+        "bf16": torch.bfloat16,
+        "bfloat16": torch.bfloat16,
+    }
+    if name not in names:
+        raise UserError(f"dtype {name!r} is unknown: choose auto, fp32 or bf16")
+    return names[name]
+
+
+def load_pipeline(model: str, device_name: str = "cpu", dtype_name: str = "fp32") -> TextDiffusionPipeline:
+    """The pipeline in a local folder or on the hub, on a device."""
+    from embdiff.pipeline import load
+
+    chosen = device(device_name)
+    pipe = load(model)
+    pipe.to(chosen, dtype(dtype_name, chosen))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def read_prompts(path: str) -> list[str]:
+    """The lines of a file, or of stdin for `-`; blank lines are skipped."""
+    import sys
+
+    try:
+        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"prompts file {path} is not UTF-8 (byte {error.start}): convert it first") from error
+    except OSError as error:
+        raise UserError(f"cannot read prompts file {path}: {error.strerror}") from error
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise UserError(f"prompts file {path} has no prompt: write one on each line")
+    return prompts

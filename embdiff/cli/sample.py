@@ -1,0 +1,209 @@
+"""embdiff sample"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from embdiff.cli.common import load_pipeline, quiet, read_prompts
+from embdiff.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from embdiff.pipeline import TextDiffusionPipeline
+
+
+@dataclass(frozen=True)
+class Job:
+    """One sample to draw."""
+
+    prompt: str | None
+    negative: str | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """One sample, as `--json` prints it. tokens: ids up to the end of text."""
+
+    prompt: str | None
+    text: str
+    tokens: list[int]
+    seed: int
+    steps: int
+    scheduler: str
+    cfg_scale: float
+
+
+def sample(
+    model: str = typer.Argument(..., help="Folder that embdiff train wrote, or a name on the hub."),
+    prompt: str | None = typer.Option(None, help="What the text is to be conditioned on."),
+    prompts: str | None = typer.Option(None, help="File with a prompt on each line; - reads stdin."),
+    negative_prompt: str | None = typer.Option(None, help="What guidance steers away from."),
+    num_samples: int = typer.Option(1, "--num-samples", "-n", help="Samples for each prompt."),
+    cfg_scale: float = typer.Option(1.0, help="Classifier-free guidance; 1 = off."),
+    cfg_space: str = typer.Option("x0", help="Where guidance combines predictions: x0 or logits."),
+    steps: int = typer.Option(32, help="Denoising steps."),
+    scheduler: str | None = typer.Option(None, help="ddim, ddpm, dpm++ or renoise; by default the model's own."),
+    max_length: int | None = typer.Option(None, help="Tokens at most; by default what the model was trained for."),
+    temperature: float = typer.Option(0.7, help="Of the words in the token posterior; 1 = as the model is."),
+    seed: int = typer.Option(0, help="Seed of the first sample; sample i has seed + i."),
+    batch_size: int = typer.Option(32, help="Samples drawn at a time; texts do not depend on it."),
+    device: str = typer.Option("auto", help="cpu, cuda or auto."),
+    dtype: str = typer.Option("auto", help="fp32, bf16, or auto: the faster one on this device."),
+    as_json: bool = typer.Option(False, "--json", help="One JSON object a line."),
+    show_steps: bool = typer.Option(False, help="Show the text forming, step by step."),
+    output: Path | None = typer.Option(None, "--output", "-o", help="Write to this file, one sample a line."),
+    resume: bool = typer.Option(False, help="Go on where --output ends."),
+    overwrite: bool = typer.Option(False, help="Replace --output."),
+) -> None:
+    """Draw samples from MODEL.
+
+    [bold]embdiff sample runs/docstrings --prompt "def mean(values)" --cfg-scale 2 -n 5[/bold]
+    """
+    check(num_samples, steps, cfg_scale, batch_size, temperature)
+    if prompt is not None and prompts is not None:
+        raise UserError("both --prompt and --prompts are given: choose one")
+    sources: list[str | None] = [prompt] if prompts is None else list(read_prompts(prompts))
+    jobs = [Job(p, negative_prompt, seed + i) for i, p in enumerate(p for p in sources for _ in range(num_samples))]
+    done = already_written(output, resume, overwrite)
+    if done > len(jobs):
+        raise UserError(f"{output} holds {done} samples, more than the {len(jobs)} asked for: choose another file")
+
+    quiet()
+    pipe = load_pipeline(model, device, dtype)
+    from embdiff.guidance import ClassifierFreeGuidance
+    from embdiff.schedulers import scheduler_class
+
+    if scheduler is not None:
+        pipe.scheduler = scheduler_class(scheduler).from_config(pipe.scheduler.config)
+    options: dict[str, Any] = {
+        "num_inference_steps": steps,
+        "temperature": temperature,
+        "max_length": max_length,
+        "guidance": [ClassifierFreeGuidance(cfg_scale, cfg_space)],
+    }
+    if show_steps:
+        options["callback_on_step_end"] = StepsView(pipe, steps)
+    name = type(pipe.scheduler).__name__
+
+    def records() -> Iterator[Record]:
+        for start in range(done, len(jobs), batch_size):
+            part = jobs[start : start + batch_size]
+            for job, text, tokens in draw(pipe, part, options):
+                yield Record(job.prompt, text, tokens, job.seed, steps, name, cfg_scale)
+
+    write(records(), len(jobs), done, output, as_json)
+
+
+def check(num_samples: int, steps: int, cfg_scale: float, batch_size: int, temperature: float) -> None:
+    """Refuses numbers out of range before anything is loaded."""
+    for name, value in (("--num-samples", num_samples), ("--steps", steps), ("--batch-size", batch_size)):
+        if value < 1:
+            raise UserError(f"{name} {value} is too small: give at least 1")
+    if not math.isfinite(cfg_scale):
+        raise UserError(f"--cfg-scale {cfg_scale} is not a finite number: 1 is off, 1.5 to 3 are usual")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise UserError(f"--temperature {temperature} is out of range: give a number above 0")
+
+
+def draw(pipe: TextDiffusionPipeline, jobs: list[Job], options: dict[str, Any]) -> Iterator[tuple[Job, str, list[int]]]:
+    """Draws one batch; each sample has its own generator."""
+    import torch
+
+    prompts = None if jobs[0].prompt is None else [j.prompt or "" for j in jobs]
+    negative = None if jobs[0].negative is None else [j.negative or "" for j in jobs]
+    generators = [torch.Generator().manual_seed(j.seed) for j in jobs]
+    count = len(jobs) if prompts is None else 1
+    result: Any = pipe(prompts, negative_prompt=negative, num_samples=count, generator=generators, **options)
+    for job, text, ids in zip(jobs, result.texts, result.sequences.tolist(), strict=True):
+        end = pipe.tokenizer.eos_token_id
+        yield job, text, ids[: ids.index(end)] if end in ids else ids
+
+
+def already_written(output: Path | None, resume: bool, overwrite: bool) -> int:
+    """How many samples `output` holds already; refuses to replace a file unasked."""
+    if output is None or not output.exists() or overwrite:
+        return 0
+    if not resume:
+        raise UserError(f"{output} exists: use --resume to go on, --overwrite to replace it")
+    lines = output.read_bytes().split(b"\n")
+    if lines[-1]:
+        # A line without its end was cut off in the middle: drop it and draw that sample again.
+        output.write_bytes(b"".join(line + b"\n" for line in lines[:-1]))
+    return len(lines) - 1
+
+
+def write(records: Iterator[Record], total: int, done: int, output: Path | None, as_json: bool) -> None:
+    """Streams samples to a file with a progress bar, or to stdout."""
+    if output is None:
+        for record in records:
+            print(line(record, as_json), flush=True)
+        return
+    from rich.console import Console
+    from rich.progress import track
+
+    try:
+        with output.open("a" if done else "w", encoding="utf-8") as file:
+            console = Console(stderr=True)
+            for record in track(records, "sampling", total=total, completed=done, console=console):
+                file.write(line(record, as_json or output.suffix == ".jsonl") + "\n")
+                file.flush()
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error.strerror}; continue later with --resume") from error
+    print(f"{total} samples in {output}", file=sys.stderr)
+
+
+def line(record: Record, as_json: bool) -> str:
+    """A record as a JSON object, or its text on one line."""
+    return json.dumps(asdict(record), ensure_ascii=False) if as_json else " ".join(record.text.split())
+
+
+class StepsView:
+    """A pipeline callback that shows the first sample's text as each step predicts it."""
+
+    def __init__(self, pipe: TextDiffusionPipeline, steps: int, console: Any = None) -> None:
+        from rich.console import Console
+
+        self.console = console or Console(stderr=True, highlight=False)
+        self.steps = steps
+        self.table = pipe.denoiser.space.table()
+
+    def __call__(self, pipe: TextDiffusionPipeline, step: int, timestep: Tensor, state: dict[str, Tensor]) -> None:
+        """Prints one line: tokens brighter the closer x0 is to them."""
+        from rich.text import Text
+
+        x0 = state["x0"][0]
+        ids = pipe.denoiser.space.round(x0)
+        # Cosine between the predicted embedding and the token's own: 1 = certain.
+        certainty = (x0 * self.table[ids]).sum(-1) / (x0.norm(dim=-1) * self.table[ids].norm(dim=-1)).clamp(min=1e-6)
+        shown = Text(f"{step + 1:3d}/{self.steps} ", style="cyan")
+        end, pad = pipe.tokenizer.eos_token_id, pipe.tokenizer.pad_token_id
+        for token, c in zip(ids.tolist(), certainty.tolist(), strict=True):
+            if token == end:
+                break
+            word = "·" if token == pad else pipe.tokenizer.decode([token])
+            grey = 60 + round(195 * max(0.0, min(1.0, c)) ** 2)
+            shown.append(
+                word,
+                style=f"rgb({grey},{grey},{grey})",
+            )
+            if is_word_level(pipe):
+                shown.append(" ")
+        self.console.print(shown, soft_wrap=False)
+
+
+def is_word_level(pipe: TextDiffusionPipeline) -> bool:
+    """Whether the tokenizer's tokens are whole words, to be joined by blanks."""
+    ids = pipe.tokenizer("a b", add_special_tokens=False)["input_ids"]
+    return bool(pipe.tokenizer.decode(ids).replace("<unk>", "u") in ("a b", "u u", "a u", "u b")) and not any(
+        pipe.tokenizer.decode([i]).startswith(" ") for i in ids
+    )

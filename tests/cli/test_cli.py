@@ -1,0 +1,248 @@
+"""The command line, end to end on small real text, and its manners on bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from typer.testing import CliRunner
+
+from embdiff.cli import app, common, main
+from embdiff.errors import UserError
+from tests.conftest import sentences
+
+SMALL = [
+    "--size",
+    "tiny",
+    "--tokenizer",
+    "word",
+    "--min-count",
+    "1",
+    "--max-length",
+    "12",
+    "--batch-size",
+    "8",
+    "--no-compile",
+    "--dtype",
+    "fp32",
+]
+
+
+def run(*arguments: str, **options):
+    """One command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", "from embdiff.cli import main; main()", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        **options,
+    )
+
+
+def refused(capsys, monkeypatch, *arguments: str) -> str:
+    """The one line that bad input gets."""
+    monkeypatch.setattr(sys, "argv", ["embdiff", *arguments])
+    with pytest.raises(SystemExit) as leaving:
+        main()
+    assert leaving.value.code == 2
+    lines = [x for x in capsys.readouterr().err.strip().splitlines() if x.startswith("embdiff: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "pairs.txt"
+    path.write_text("\n".join(f"{' '.join(s.split()[:2])}||{s}" for s in sentences(120)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(pairs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "model"
+    result = CliRunner().invoke(
+        app, ["train", str(pairs), "--output", str(out), "--separator", "||", "--max-steps", "30", *SMALL]
+    )
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def sample(*arguments: str) -> list[str]:
+    result = CliRunner().invoke(app, ["sample", *arguments, "--steps", "4", "--device", "cpu", "--dtype", "fp32"])
+    assert result.exit_code == 0, result.output
+    return result.stdout.splitlines()
+
+
+def test_training_reports_and_leaves_a_model(model):
+    assert (model / "model_index.json").exists()
+    assert (model / "run.yaml").exists()
+
+
+def test_json_has_one_object_a_line_with_all_that_repeats_it(model):
+    records = [
+        json.loads(line)
+        for line in sample(str(model), "--prompt", "the cat", "--num-samples", "3", "--json", "--seed", "7")
+    ]
+    assert [r["seed"] for r in records] == [7, 8, 9]
+    assert {"prompt", "text", "tokens", "seed", "steps", "scheduler"} <= set(records[0])
+    assert records[0]["steps"] == 4
+    again = json.loads(sample(str(model), "--prompt", "the cat", "--json", "--seed", "8")[0])
+    assert again == records[1]
+
+
+def test_batch_size_changes_nothing(model, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("the cat\n\na dog\nthe tree\nthe house\n")
+    results = [
+        sample(str(model), "--prompts", str(prompts), "--num-samples", "2", "--cfg-scale", "2", "--batch-size", b)
+        for b in ("1", "3", "32")
+    ]
+    assert len(results[0]) == 8
+    assert results[0] == results[1] == results[2]
+
+
+def test_prompts_come_from_stdin_too(model):
+    result = CliRunner().invoke(app, ["sample", str(model), "--prompts", "-", "--steps", "2"], input="the cat\na dog\n")
+    assert result.exit_code == 0
+    assert len(result.stdout.splitlines()) == 2
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "dpm++", "renoise"])
+def test_every_scheduler_runs_by_name(model, scheduler):
+    assert len(sample(str(model), "--prompt", "the cat", "--scheduler", scheduler)) == 1
+
+
+def test_output_streams_and_resumes_to_the_same_file(model, tmp_path):
+    whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
+    options = [str(model), "--prompt", "the cat", "--num-samples", "7", "--batch-size", "2"]
+    sample(*options, "--output", str(whole))
+    lines = whole.read_text().splitlines(keepends=True)
+    parts.write_text("".join(lines[:3]) + lines[3][:9])
+    sample(*options, "--output", str(parts), "--resume")
+    assert parts.read_text() == whole.read_text()
+
+
+def test_show_steps_shows_each_step(model):
+    result = CliRunner().invoke(app, ["sample", str(model), "--prompt", "the cat", "--steps", "4", "--show-steps"])
+    assert result.exit_code == 0
+    assert all(f"{k}/4" in result.stderr for k in (1, 2, 3, 4))
+
+
+def test_sigterm_saves_and_says_how_to_resume_and_the_result_is_the_same(pairs, tmp_path):
+    options = ["--separator", "||", "--max-steps", "60", "--save-every", "1000", *SMALL]
+    parts, whole = tmp_path / "parts", tmp_path / "whole"
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "from embdiff.cli import main; main()",
+            "train",
+            str(pairs),
+            "--output",
+            str(parts),
+            *options,
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"COLUMNS": "200"},
+    )
+    log = parts / "log.jsonl"
+    for _ in range(1200):
+        if log.exists() or process.poll() is not None:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert f"embdiff train --output {parts} --resume" in err
+    for arguments in (["--output", str(parts), "--resume"], [str(pairs), "--output", str(whole), *options]):
+        assert CliRunner().invoke(app, ["train", *arguments]).exit_code == 0
+    weights = "denoiser/diffusion_pytorch_model.safetensors"
+    assert (parts / weights).read_bytes() == (whole / weights).read_bytes()
+
+
+def test_a_config_file_is_overridden_by_the_command_line(pairs, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "max-steps: 50\nmax-time: 10m\nsize: tiny\nseparator: '||'\ntokenizer: word\nmin-count: 1\nmax-length: 12\n"
+    )
+    out = tmp_path / "run"
+    result = CliRunner().invoke(
+        app, ["train", str(pairs), "--output", str(out), "--config", str(config), "--max-steps", "1"]
+    )
+    assert result.exit_code == 0, result.output
+    text = (out / "run.yaml").read_text()
+    assert "max_steps: 1\n" in text
+    assert "max_time: 600" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cause"),
+    [
+        (["--steps", "0"], "--steps 0"),
+        (["--cfg-scale", "nan"], "finite"),
+        (["--num-samples", "0"], "--num-samples"),
+        (["--temperature", "-1"], "--temperature"),
+        (["--batch-size", "0"], "--batch-size"),
+        (["--scheduler", "euler"], "euler"),
+        (["--device", "abacus"], "abacus"),
+        (["--dtype", "int3"], "int3"),
+        (["--max-length", "500"], "500"),
+        (["--prompt", "a", "--prompts", "b"], "--prompts"),
+        (["--prompts", "/nowhere.txt"], "/nowhere.txt"),
+        (["--cfg-space", "eps", "--cfg-scale", "2"], "eps"),
+    ],
+)
+def test_bad_sample_options_get_one_line(model, capsys, monkeypatch, arguments, cause):
+    assert cause in refused(capsys, monkeypatch, "sample", str(model), *arguments)
+
+
+def test_an_existing_output_is_not_replaced_unasked(model, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "samples.txt"
+    path.write_text("precious\n")
+    assert "--overwrite" in refused(capsys, monkeypatch, "sample", str(model), "--output", str(path))
+    assert path.read_text() == "precious\n"
+
+
+def test_bad_data_gets_one_line(tmp_path, capsys, monkeypatch):
+    out = str(tmp_path / "run")
+    (tmp_path / "empty.txt").write_text("\n\n")
+    (tmp_path / "latin.txt").write_bytes("caf\xe9\n".encode("latin-1"))
+    (tmp_path / "rows.csv").write_text("a,b\n1,2\n")
+    for data, options, cause in [
+        ("missing.txt", [], "missing.txt"),
+        ("empty.txt", [], "empty"),
+        ("latin.txt", [], "UTF-8"),
+        ("rows.csv", ["--text-column", "body"], "body"),
+        ("empty.txt", ["--max-time", "soon"], "soon"),
+    ]:
+        assert cause in refused(capsys, monkeypatch, "train", str(tmp_path / data), "--output", out, *options)
+    assert "no data" in refused(capsys, monkeypatch, "train", "--output", out)
+
+
+def test_an_unfinished_run_is_no_model_yet(tmp_path, capsys, monkeypatch):
+    (tmp_path / "run.yaml").write_text("data: x\n")
+    assert "not finished" in refused(capsys, monkeypatch, "sample", str(tmp_path))
+    assert "no model" in refused(capsys, monkeypatch, "sample", str(tmp_path / "none"))
+
+
+def test_a_real_process_exits_with_two_and_no_traceback(tmp_path):
+    result = run("train", str(tmp_path / "missing.txt"), "--output", str(tmp_path / "run"))
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert result.stderr.startswith("embdiff: ")
+
+
+@pytest.mark.parametrize(("text", "value"), [("90", 90), ("90s", 90), ("15m", 900), ("1h30m", 5400), ("1.5m", 90)])
+def test_durations(text, value):
+    assert common.seconds(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "soon", "5x", "m5", "1h30"])
+def test_bad_durations_are_refused(text):
+    with pytest.raises(UserError, match="time"):
+        common.seconds(text)

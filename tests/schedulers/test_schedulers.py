@@ -1,0 +1,220 @@
+"""Laws of the solvers: limits, orders of convergence, variances, diffusers' contract."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers.utils import logging as diffusers_logging
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embdiff.errors import UserError
+from embdiff.noise import SCHEDULES as NOISE_SCHEDULES
+from embdiff.schedulers import SCHEDULERS, DDIMScheduler, DDPMScheduler, DPMSolverScheduler, RenoiseScheduler
+
+diffusers_logging.set_verbosity_error()
+
+RANGE = {"gamma_min": -7.0, "gamma_max": 9.0}
+solvers = st.sampled_from(sorted(SCHEDULERS))
+noises = st.sampled_from(sorted(NOISE_SCHEDULES))
+every_solver = pytest.mark.parametrize("name", sorted(SCHEDULERS))
+
+
+def make(name: str, noise: str = "cosine", **options):
+    return SCHEDULERS[name](noise_schedule={"name": noise, **RANGE}, **options)
+
+
+def run(scheduler, denoise, z, steps: int, generator=None):
+    """The sampling loop with denoise(z, gamma) -> x0; returns every z."""
+    scheduler.set_timesteps(steps)
+    path = [z]
+    for gamma, t in zip(scheduler.gammas.double(), scheduler.timesteps, strict=True):
+        z = scheduler.step(denoise(z, gamma), t, z, generator=generator).prev_sample
+        path.append(z)
+    return path
+
+
+@given(solvers, noises, st.sampled_from([1, 2, 3, 10, 1000]), st.integers(0, 99))
+def test_with_the_true_x0_every_solver_ends_at_it(name, noise, steps, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x, z = torch.randn(2, 2, 3, 4, generator=generator)
+    end = run(make(name, noise), lambda z, gamma: x, z, steps, generator)[-1]
+    assert torch.allclose(end, x, atol=1e-6)
+
+
+@given(noises, st.integers(2, 40), st.integers(0, 99))
+def test_with_the_true_x0_a_deterministic_solver_stays_on_the_straight_path(noise, steps, seed):
+    """z_k = alpha_k x + sigma_k eps with one and the same eps."""
+    generator = torch.Generator().manual_seed(seed)
+    x, eps = torch.randn(2, 1, 2, 3, generator=generator, dtype=torch.float64)
+    for name in ("ddim", "dpm++"):
+        scheduler = make(name, noise)
+        scheduler.set_timesteps(steps)
+        start = scheduler.add_noise(x, eps, scheduler.timesteps[0])
+        for z, t in zip(run(scheduler, lambda z, gamma: x, start, steps), scheduler.timesteps, strict=False):
+            assert torch.allclose(z, scheduler.add_noise(x, eps, t), atol=1e-5)
+
+
+def gaussian_denoiser(variance: float):
+    """E[x | z] for x ~ N(0, variance)."""
+
+    def denoise(z, gamma):
+        alpha2, sigma2 = torch.sigmoid(-gamma), torch.sigmoid(gamma)
+        return alpha2.sqrt() * variance / (alpha2 * variance + sigma2) * z
+
+    return denoise
+
+
+@pytest.mark.parametrize(("name", "order"), [("ddim", 1), ("dpm++", 2)])
+def test_error_on_gaussian_data_falls_with_the_declared_order(name, order):
+    """The probability flow of Gaussian data is linear: z(gamma) is z_0 times a ratio of standard deviations."""
+    variance = 0.3
+    z = torch.ones(1, 1, 1, dtype=torch.float64)
+
+    def deviation(gamma):
+        return math.sqrt(variance / (1 + math.exp(gamma)) + 1 / (1 + math.exp(-gamma)))
+
+    errors = []
+    for steps in (32, 64, 128, 256):
+        scheduler = make(name, "cosine")
+        before_last = run(scheduler, gaussian_denoiser(variance), z, steps)[steps // 2]
+        first, there = float(scheduler.gammas[0]), float(scheduler.gammas[steps // 2])
+        errors.append(abs(before_last.item() - deviation(there) / deviation(first)))
+    slopes = np.diff(np.log2(errors))
+    assert slopes[-1] == pytest.approx(-order, abs=0.25)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "renoise"])
+def test_stochastic_solvers_keep_the_marginal_variance(name):
+    """Exact for a denoiser that knows the sample; ddpm also approaches it with many steps for Gaussian data."""
+    generator = torch.Generator().manual_seed(0)
+    x = 0.5 * torch.randn(20000, 1, 1, generator=generator)
+    scheduler = make(name)
+    for z, gamma in zip(
+        run(scheduler, lambda z, gamma: x, torch.randn(x.shape, generator=generator), 10, generator),
+        scheduler.gammas,
+        strict=False,
+    ):
+        expected = 0.25 * torch.sigmoid(-gamma) + torch.sigmoid(gamma)
+        assert z.var().item() == pytest.approx(expected.item(), rel=0.05)
+    scheduler = make("ddpm")
+    path = run(scheduler, gaussian_denoiser(0.25), torch.randn(x.shape, generator=generator), 300, generator)
+    for z, gamma in list(zip(path, scheduler.gammas, strict=False))[::30]:
+        assert z.var().item() == pytest.approx((0.25 * torch.sigmoid(-gamma) + torch.sigmoid(gamma)).item(), rel=0.06)
+
+
+@given(noises, st.integers(1, 60))
+def test_ddim_at_eta_one_is_ddpm_and_its_posterior(noise, steps):
+    ancestral, eta_one = make("ddpm", noise), make("ddim", noise, eta=1.0)
+    ancestral.set_timesteps(steps)
+    eta_one.set_timesteps(steps)
+    assert ancestral._table == eta_one._table
+    gammas = ancestral.gammas.double()
+    for (a, b, _, s), now, to in zip(ancestral._table, gammas, gammas[1:], strict=False):
+        # q(z' | z, x0) by Bayes' rule from the two Gaussian factors, in textbook form.
+        alpha2, alpha2_to = torch.sigmoid(-now), torch.sigmoid(-to)
+        ratio2 = alpha2 / alpha2_to
+        variance = (1 - ratio2) * (1 - alpha2_to) / (1 - alpha2)
+        assert s**2 == pytest.approx(variance.item(), rel=1e-3, abs=1e-9)
+        assert a == pytest.approx((ratio2.sqrt() * (1 - alpha2_to) / (1 - alpha2)).item(), rel=1e-3, abs=1e-9)
+        assert b == pytest.approx((alpha2_to.sqrt() * (1 - ratio2) / (1 - alpha2)).item(), rel=1e-3, abs=1e-9)
+
+
+@given(solvers, st.integers(2, 12), st.integers(0, 99))
+def test_steps_commute_with_permutations_and_rotations(name, steps, seed):
+    generator = torch.Generator().manual_seed(seed)
+    z, x = torch.randn(2, 3, 4, 5, generator=generator, dtype=torch.float64)
+    rotation = torch.linalg.qr(torch.randn(5, 5, generator=generator, dtype=torch.float64)).Q
+    order = torch.randperm(3, generator=generator)
+    scheduler = make(name)
+    scheduler.set_timesteps(steps)
+    row = torch.randint(steps - 1, (1,), generator=generator).item()
+    a, b, c, _ = scheduler._table[row]
+
+    def deterministic(z, x):
+        return a * z + b * x + c * 0.5 * x
+
+    assert torch.allclose(deterministic(z @ rotation, x @ rotation), deterministic(z, x) @ rotation)
+    assert torch.allclose(deterministic(z[order], x[order]), deterministic(z, x)[order])
+
+
+@every_solver
+def test_a_generator_decides_everything_and_each_sample_may_have_its_own(name):
+    x, z = torch.randn(2, 3, 2, 4)
+    runs = [run(make(name), lambda z, g: 0.5 * x, z, 5, torch.Generator().manual_seed(1))[-2] for _ in range(2)]
+    assert torch.equal(*runs)
+    together = run(make(name), lambda z, g: 0.5 * x, z, 5, [torch.Generator().manual_seed(i) for i in range(3)])[-2]
+    alone = run(make(name), lambda z, g: 0.5 * x[1:2], z[1:2], 5, [torch.Generator().manual_seed(1)])[-2]
+    assert torch.equal(together[1:2], alone)
+
+
+@every_solver
+def test_the_config_survives_saving_and_other_solvers(name, tmp_path):
+    scheduler = make(name, "sqrt", num_train_timesteps=500)
+    scheduler.save_pretrained(tmp_path)
+    loaded = type(scheduler).from_pretrained(tmp_path)
+    public = {k for k in scheduler.config if not k.startswith("_")}
+    assert {k: loaded.config[k] for k in public} == {k: scheduler.config[k] for k in public}
+    for other in SCHEDULERS.values():
+        moved = other.from_config(scheduler.config)
+        assert moved.noise_schedule == scheduler.noise_schedule
+        assert len(moved) == 500
+        back = type(scheduler).from_config(moved.config)
+        assert back.noise_schedule == scheduler.noise_schedule
+
+
+@every_solver
+def test_diffusers_contract(name):
+    scheduler = make(name)
+    assert scheduler.init_noise_sigma == 1.0
+    assert scheduler.compatibles
+    assert scheduler.order == 1
+    z = torch.randn(2, 3, 4)
+    assert torch.equal(scheduler.scale_model_input(z, 3), z)
+    scheduler.set_timesteps(10)
+    assert scheduler.num_inference_steps == len(scheduler.timesteps) == 10
+    assert torch.all(scheduler.timesteps.diff() < 0)
+    as_tuple = scheduler.step(
+        z, int(scheduler.timesteps[4]), z, generator=torch.Generator().manual_seed(0), return_dict=False
+    )
+    assert scheduler.step_index == 5
+    scheduler.set_timesteps(10)
+    assert scheduler.step_index is None
+    as_dict = scheduler.step(z, scheduler.timesteps[4], z, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(as_tuple[0], as_dict.prev_sample)
+    assert torch.equal(as_dict.pred_original_sample, z)
+
+
+@every_solver
+def test_add_noise_takes_times_of_examples_and_of_positions(name):
+    scheduler = make(name)
+    x, eps = torch.randn(2, 3, 4, 5)
+    by_example = scheduler.add_noise(x, eps, torch.tensor([10, 500, 990]))
+    by_position = scheduler.add_noise(x, eps, torch.tensor([10, 500, 990])[:, None].expand(3, 4))
+    assert torch.allclose(by_example, by_position)
+    assert torch.equal(scheduler.add_noise(x[:1], eps[:1], torch.tensor(10))[0], by_example[0])
+
+
+@pytest.mark.parametrize("steps", [0, -3, 2.5])
+def test_steps_must_be_whole_and_positive(steps):
+    with pytest.raises(UserError, match=str(steps)):
+        make("ddim").set_timesteps(steps)
+
+
+def test_options_out_of_range_are_refused():
+    with pytest.raises(UserError, match="eta"):
+        DDIMScheduler(eta=1.5)
+    with pytest.raises(UserError, match="predict x0"):
+        DDPMScheduler(prediction_type="epsilon")
+    with pytest.raises(UserError, match="unknown"):
+        RenoiseScheduler(noise_schedule="cubic").set_timesteps(3)
+
+
+def test_the_second_order_solver_starts_with_a_first_order_step():
+    scheduler = DPMSolverScheduler(noise_schedule={"name": "cosine", **RANGE})
+    ddim = DDIMScheduler(noise_schedule={"name": "cosine", **RANGE})
+    for s in (scheduler, ddim):
+        s.set_timesteps(8)
+    assert scheduler._table[0] == pytest.approx(ddim._table[0])
+    assert scheduler._table[-1] == ddim._table[-1] == (0.0, 1.0, 0.0, 0.0)

@@ -1,0 +1,86 @@
+"""Encoding, batches and masks."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embdiff.batches import Mixture, Window, batch_index, encode
+from embdiff.data import Example
+from embdiff.errors import UserError
+from embdiff.vocabulary import decode
+from tests.conftest import sentences
+
+
+@given(st.integers(1, 50), st.integers(1, 20), st.integers(0, 5), st.floats(0, 1))
+def test_every_example_comes_once_an_epoch(size, batch_size, seed, share):
+    window = Window(8, 32, share)
+    seen: list[int] = []
+    step = 0
+    while len(seen) < 2 * size:
+        assert window.start(batch_size, step) == len(seen)
+        seen += batch_index(size, len(seen), window.count(batch_size, step), seed).tolist()
+        step += 1
+    assert sorted(seen[:size]) == list(range(size))
+    assert sorted(seen[size : 2 * size]) == list(range(size))
+
+
+def test_windows_have_their_share_and_fit_the_texts(tokenizer):
+    window = Window(8, 32, 0.6)
+    assert sum(window.at(k) == 8 for k in range(1000)) == 600
+    encoded = encode([Example(t) for t in sentences(40)], tokenizer, 32)
+    assert Window.fitting(encoded, 0.5) == Window(16, 32, 0.5)
+    assert Window.fitting(encode([Example("the cat sees a dog .")], tokenizer, 8), 0.5).at(3) == 8
+
+
+def test_texts_survive_encoding(tokenizer):
+    texts = sentences(40)
+    encoded = encode([Example(t) for t in texts], tokenizer, 16)
+    assert [decode(tokenizer, ids) for ids in encoded.text] == texts
+    assert encoded.tokens == sum(len(t.split()) + 1 for t in texts)
+
+
+def test_long_texts_are_truncated_or_dropped_and_counted(tokenizer):
+    examples = [Example("the cat ."), Example("the " * 30)]
+    cut = encode(examples, tokenizer, 8)
+    assert (len(cut), cut.truncated, cut.dropped) == (2, 1, 0)
+    assert tokenizer.eos_token_id not in cut.text[1]
+    rest = encode(examples, tokenizer, 8, on_long="drop")
+    assert (len(rest), rest.truncated, rest.dropped) == (1, 0, 1)
+    with pytest.raises(UserError, match="longer than"):
+        encode(examples[1:], tokenizer, 8, on_long="drop")
+
+
+def test_a_prompt_ends_where_the_text_begins(tokenizer):
+    encoded = encode([Example("the cat .", "a dog"), Example("the cat .", "a small dog sees")], tokenizer, 6, 4)
+    batch = encoded.batch([0, 1])
+    assert batch.positions[0, :2].tolist() == [-2, -1]
+    assert batch.positions[1].tolist() == [-4, -3, -2, -1, 0, 1, 2, 3, 4, 5]
+    assert batch.present.sum(1).tolist() == [8, 10]
+    assert torch.equal(batch.target(), ~batch.known)
+    assert batch.target().sum(1).tolist() == [6, 6]
+
+
+@given(st.integers(0, 200), st.booleans())
+def test_the_mixture_leaves_something_to_generate(seed, prompted):
+    from embdiff.batches import Batch
+
+    B, P, L = 16, 3 if prompted else 0, 10
+    ids = torch.zeros(B, P + L, dtype=torch.long)
+    known = torch.arange(P + L).expand(B, -1) < P
+    batch = Batch(ids, ids, known, torch.ones_like(known)) if prompted else Batch(ids, ids)
+    mixed = Mixture(drop_prompt=0.5, infill=1.0).apply(batch, L, np.random.default_rng(seed))
+    assert mixed.known[:, :P].all()
+    assert (~mixed.known[:, P:]).any(1).all()
+    if prompted:
+        assert mixed.present[:, P:].all()
+        assert (mixed.present[:, :P].all(1) | ~mixed.present[:, :P].any(1)).all()
+
+
+def test_the_mixture_draws_its_shares(tokenizer):
+    encoded = encode([Example("the cat .", "a dog")] * 4000, tokenizer, 8, 2)
+    mixed = Mixture(drop_prompt=0.1, infill=0.3).apply(encoded.batch(range(4000)), 8, np.random.default_rng(0))
+    assert (~mixed.present[:, 0]).float().mean().item() == pytest.approx(0.1, abs=0.02)
+    # A prefix of length 0 gives nothing, so the share with something given is a little below.
+    assert mixed.known[:, 2:].any(1).float().mean().item() == pytest.approx(0.3, abs=0.04)

@@ -1,0 +1,133 @@
+"""The context rule and what else the denoiser promises."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embdiff.denoiser import Context, Denoiser, attention_mask
+from tests.conftest import lively
+
+B, C, L, V = 3, 5, 7, 30
+
+
+@pytest.fixture(scope="module")
+def model() -> Denoiser:
+    return lively(Denoiser(V, dim=16, width=32, depth=3, heads=4, condition_width=16)).double()
+
+
+def draw(seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    prompt = torch.randint(V, (B, C), generator=generator)
+    n = torch.randint(0, C + 1, (B, 1), generator=generator)
+    column = torch.arange(C)[None]
+    z, self_cond = torch.randn(2, B, L, 16, generator=generator, dtype=torch.float64)
+    gamma = torch.randn(B, generator=generator, dtype=torch.float64)
+    return prompt, column < n, column - n, z, gamma, self_cond
+
+
+@given(st.integers(0, 50))
+def test_context_encoded_once_equals_a_joint_pass(model, seed):
+    prompt, present, positions, z, gamma, self_cond = draw(seed)
+    cached = model(z, gamma, model.encode_context(prompt, present, positions), self_cond)
+    clean = model.space.embed(prompt).double()
+    true = torch.ones(B, L, dtype=torch.bool)
+    joint = model(
+        torch.cat([clean, z], 1),
+        gamma,
+        None,
+        torch.cat([torch.zeros_like(clean), self_cond], 1),
+        known=torch.cat([torch.ones(B, C, dtype=torch.bool), ~true], 1),
+        present=torch.cat([present, true], 1),
+        positions=torch.cat([positions, torch.arange(L).expand(B, L)], 1),
+    )
+    assert torch.allclose(model.logits(cached), model.logits(joint[:, C:]), atol=1e-6)
+
+
+@given(st.integers(0, 50))
+def test_context_does_not_see_the_target(model, seed):
+    prompt, present, _, z, gamma, _ = draw(seed)
+    known = torch.cat([torch.ones(B, C, dtype=torch.bool), torch.zeros(B, L, dtype=torch.bool)], 1)
+    layout = {"known": known, "present": torch.cat([present, torch.ones(B, L, dtype=torch.bool)], 1)}
+    clean = model.space.embed(prompt).double()
+    one, two = (
+        model(torch.cat([clean, v], 1), g, **layout)[..., :32] for v, g in ((z, gamma), (z.flip(0) + 1, gamma - 1))
+    )
+    assert torch.allclose(one[:, :C], two[:, :C], atol=1e-12)
+    assert not torch.allclose(one[:, C:], two[:, C:])
+
+
+@given(st.integers(0, 50))
+def test_a_dropped_context_is_no_context(model, seed):
+    prompt, present, positions, z, gamma, self_cond = draw(seed)
+    context = model.encode_context(prompt, present, positions)
+    assert torch.allclose(model(z, gamma, context.dropped(), self_cond), model(z, gamma, None, self_cond), atol=1e-9)
+
+
+@given(st.integers(0, 50), st.integers(0, 4))
+def test_padding_of_a_prompt_changes_nothing(model, seed, extra):
+    prompt, present, positions, z, gamma, _ = draw(seed)
+    wider = [
+        torch.nn.functional.pad(x, (0, extra), value=v) for x, v in ((prompt, 0), (present, False), (positions, 9))
+    ]
+    short, long = model.encode_context(prompt, present, positions), model.encode_context(*wider)
+    assert torch.allclose(model(z, gamma, short), model(z, gamma, long), atol=1e-9)
+
+
+@given(st.integers(0, 50))
+def test_gamma_per_position_equals_gamma_per_example_when_constant(model, seed):
+    *_, z, gamma, self_cond = draw(seed)
+    assert torch.allclose(
+        model(z, gamma, None, self_cond), model(z, gamma[:, None].expand(B, L), None, self_cond), atol=1e-9
+    )
+
+
+@given(st.integers(0, 50))
+def test_examples_do_not_see_each_other(model, seed):
+    *_, z, gamma, self_cond = draw(seed)
+    order = torch.tensor([2, 0, 1])
+    assert torch.allclose(
+        model(z, gamma, None, self_cond)[order],
+        model(z[order], gamma[order], None, self_cond[order]),
+        atol=1e-9,
+    )
+    assert torch.allclose(model(z, gamma, None, self_cond)[:1], model(z[:1], gamma[:1], None, self_cond[:1]), atol=1e-9)
+
+
+def test_no_self_conditioning_is_zeros(model):
+    *_, z, gamma, _ = draw(0)
+    assert torch.equal(model(z, gamma), model(z, gamma, None, torch.zeros_like(z)))
+
+
+def test_the_matched_filter_is_the_log_likelihood_of_each_token(model):
+    """With the Transformer's head off, softmax(logits) is the exact posterior under a uniform prior."""
+    *_, z, gamma, _ = draw(1)
+    h = model(z, gamma)
+    h[..., : model.config.width] = 0
+    sigma2 = torch.sigmoid(gamma)[:, None, None]
+    table = model.space.table().double()
+    distance = (z[:, :, None] - torch.sigmoid(-gamma).sqrt()[:, None, None, None] * table).square().sum(-1)
+    exact = (-distance / (2 * sigma2)).log_softmax(-1)
+    assert torch.allclose(model.logits(h).log_softmax(-1), exact, atol=1e-4)
+
+
+def test_contexts_stack_along_the_batch(model):
+    prompt, present, positions, z, gamma, _ = draw(2)
+    one = model.encode_context(prompt, present, positions)
+    both = Context.stack([one, one.dropped()])
+    twice = model(torch.cat([z, z]), torch.cat([gamma, gamma]), both)
+    assert torch.allclose(twice[:B], model(z, gamma, one), atol=1e-9)
+    assert torch.allclose(twice[B:], model(z, gamma), atol=1e-9)
+
+
+def test_without_context_or_padding_there_is_no_mask():
+    assert attention_mask(4, None, None, None) is None
+
+
+def test_save_and_load_keep_every_weight(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.bin"))
+    again = Denoiser.from_pretrained(tmp_path, torch_dtype=torch.float64)
+    for (name, p), (other, q) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
+        assert name == other
+        assert torch.equal(p, q)

@@ -1,0 +1,89 @@
+"""The losses: limits that are known, and the bound against exact likelihoods."""
+
+import math
+
+import pytest
+import torch
+
+from embdiff import losses
+from embdiff.batches import Batch
+from embdiff.denoiser import Denoiser
+from embdiff.noise import CosineSchedule, GumbelSchedule
+from tests.conftest import lively
+
+
+def batch_of(ids: torch.Tensor) -> Batch:
+    return Batch(ids, torch.arange(ids.shape[1]).expand_as(ids))
+
+
+class Uniform(Denoiser):
+    """A denoiser whose Transformer says nothing: the matched filter alone, the exact posterior of independent uniform
+    tokens."""
+
+    def forward(self, *args, **kwargs):
+        h = super().forward(*args, **kwargs)
+        return torch.cat([torch.zeros_like(h[..., : self.config.width]), h[..., self.config.width :]], -1)
+
+
+def test_the_bound_of_the_exact_denoiser_is_the_entropy_of_uniform_tokens():
+    """For independent uniform tokens the bound is tight: ln V nats a position."""
+    V, L = 50, 6
+    torch.manual_seed(0)
+    model = Uniform(V, dim=24, width=8, depth=1, heads=2, condition_width=8).eval()
+    ids = torch.randint(V, (400, L))
+    for schedule in (GumbelSchedule.initial(24, V), CosineSchedule(-6, 9)):
+        bound = losses.variational_bound(model, batch_of(ids), schedule, torch.Generator().manual_seed(0), samples=8)
+        nats = bound.total / L
+        error = nats.std().item() / math.sqrt(len(ids))
+        assert nats.mean().item() == pytest.approx(math.log(V), abs=4 * error + 0.02)
+
+
+def test_context_is_neither_noised_nor_charged():
+    V, L = 20, 6
+    model = lively(Denoiser(V, dim=16, width=32, depth=2, heads=2, condition_width=16))
+    ids = torch.randint(V, (3, L), generator=torch.Generator().manual_seed(0))
+    known = torch.zeros(3, L, dtype=torch.bool)
+    known[:, :4] = True
+    batch = Batch(ids, torch.arange(L).expand(3, L), known)
+    x = model.space.embed(ids)
+    z = losses.noisy(x, torch.zeros(3), torch.randn(x.shape), batch)
+    assert torch.equal(z[:, :4], x[:, :4])
+    everything = Batch(ids, batch.positions, torch.ones_like(known))
+    loss = losses.cross_entropy(model, everything, torch.zeros(3), torch.randn(x.shape), True)
+    assert loss.total.item() == 0.0
+
+
+def test_cross_entropy_is_the_average_over_target_positions():
+    V, L = 20, 6
+    model = lively(Denoiser(V, dim=16, width=32, depth=2, heads=2, condition_width=16))
+    ids = torch.randint(V, (3, L))
+    loss = losses.cross_entropy(model, batch_of(ids), torch.randn(3), torch.randn(3, L, 16), False)
+    assert loss.total.item() == pytest.approx(loss.cross_entropy.mean().item(), rel=1e-5)
+    assert loss.total.requires_grad
+    assert not loss.cross_entropy.requires_grad
+
+
+def test_at_high_noise_no_model_knows_more_than_the_prior():
+    """With z pure noise, a matched filter says nothing: cross-entropy ln V."""
+    V = 50
+    model = Uniform(V, dim=24, width=8, depth=1, heads=2, condition_width=8).eval()
+    ids = torch.randint(V, (64, 4))
+    loss = losses.cross_entropy(model, batch_of(ids), torch.full((64,), 20.0), torch.randn(64, 4, 24), False)
+    assert loss.total.item() == pytest.approx(math.log(V), abs=0.01)
+
+
+def test_the_variational_loss_estimates_the_diffusion_term():
+    V, L = 20, 4
+    model = lively(Denoiser(V, dim=16, width=32, depth=1, heads=2, condition_width=16))
+    torch.manual_seed(0)
+    ids = torch.randint(V, (600, L))
+    schedule = GumbelSchedule.initial(16, V)
+    bound = losses.variational_bound(model, batch_of(ids), schedule, torch.Generator().manual_seed(1), samples=4)
+    t = (torch.arange(600, dtype=torch.float64) + 0.5) / 600
+    gamma = torch.from_numpy(schedule.gamma(t.numpy())).float()
+    density = torch.from_numpy(1 / schedule.derivative(t.numpy())).float()
+    values = [
+        losses.variational_loss(model, batch_of(ids), gamma, torch.randn(600, L, 16), True, density).total.item()
+        for _ in range(4)
+    ]
+    assert sum(values) / 4 == pytest.approx(bound.diffusion.mean().item() / L, rel=0.15)

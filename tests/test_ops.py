@@ -1,0 +1,100 @@
+"""Every op equals its reference, and float64 is the judge."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embdiff import ops
+from embdiff.optim import orthogonalise
+from embdiff.space import EmbeddingSpace
+
+
+def problem(rows: int, vocab: int, seed: int, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(rows, 24, generator=generator).to(dtype),
+        torch.randn(vocab, 24, generator=generator).to(dtype),
+        torch.randn(vocab, 8, generator=generator).to(dtype),
+    )
+
+
+sizes = {
+    "rows": st.sampled_from([1, 3, 256, 300]),
+    "vocab": st.sampled_from([5, 64, 700]),
+    "seed": st.integers(0, 99),
+}
+
+
+@given(**sizes, temperature=st.sampled_from([0.3, 0.7, 1.0, 1.5]), keep=st.sampled_from([(), (0,), (0, 2)]))
+def test_expectation_equals_its_reference(rows, vocab, seed, temperature, keep):
+    h, weight, table = problem(rows, vocab, seed)
+    fast = ops.expectation(h, weight, table, temperature, keep)
+    exact = ops.expectation_reference(h.double(), weight.double(), table.double(), temperature, keep)
+    assert torch.allclose(fast.mean.double(), exact.mean, atol=1e-4)
+    assert torch.allclose(fast.kept.double(), exact.kept, atol=1e-5)
+
+
+@given(**sizes)
+def test_keeping_tokens_apart_changes_nothing_at_temperature_one(rows, vocab, seed):
+    h, weight, table = problem(rows, vocab, seed, torch.float64)
+    plain = ops.expectation_reference(h, weight, table).mean
+    mean, kept = ops.expectation_reference(h, weight, table, 1.0, (1, 3))
+    assert torch.allclose(kept @ table[[1, 3]] + (1 - kept.sum(-1, keepdim=True)) * mean, plain, atol=1e-9)
+
+
+@given(**sizes, dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_argmax_equals_its_reference_up_to_ties(rows, vocab, seed, dtype):
+    h, weight, _ = problem(rows, vocab, seed, dtype)
+    logits = (h @ weight.T).float()
+    chosen = logits.gather(-1, ops.argmax(h, weight)[:, None])[:, 0]
+    assert torch.all(chosen >= logits.max(-1).values - (0.0 if dtype == torch.float32 else 0.1) - 1e-4)
+
+
+@pytest.mark.parametrize("vocab", [50, 3000])  # the direct way and the chunked one
+def test_cross_entropy_and_its_gradients_equal_the_reference(vocab):
+    rows = 3000
+    h, weight, _ = problem(rows, vocab, 0)
+    target = torch.randint(vocab, (rows,), generator=torch.Generator().manual_seed(1))
+    results = []
+    for function, dtype in ((ops.cross_entropy, torch.float32), (ops.cross_entropy_reference, torch.float64)):
+        x, w = (v.detach().to(dtype).clone().requires_grad_() for v in (h, weight))
+        loss = function(x, w, target)
+        loss.mean().backward()
+        results.append((loss.double(), x.grad.double(), w.grad.double()))
+    for fast, exact in zip(*results, strict=True):
+        assert torch.allclose(fast, exact, rtol=1e-4, atol=1e-4)
+
+
+@given(st.integers(1, 9), st.integers(1, 20), st.integers(0, 99))
+def test_attention_equals_its_reference(length, keys, seed):
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(2, 3, length, 8, generator=generator)
+    k, v = torch.randn(2, 2, 3, keys, 8, generator=generator)
+    mask = torch.rand(2, 1, length, keys, generator=generator) < 0.7
+    mask[..., 0] = True
+    for m in (None, mask):
+        assert torch.allclose(ops.attention(q, k, v, m), ops.attention_reference(q, k, v, m), atol=1e-5)
+
+
+def test_the_fast_dtype_is_one_of_two():
+    assert ops.fast_dtype("cpu") in (torch.float32, torch.bfloat16)
+
+
+@given(st.integers(1, 200), st.integers(1, 64), st.integers(0, 99))
+def test_embeddings_lie_on_the_sphere_and_round_to_themselves(vocab, dim, seed):
+    torch.manual_seed(seed)
+    space = EmbeddingSpace(vocab, dim)
+    ids = torch.arange(vocab)
+    assert torch.allclose(space.table().norm(dim=-1), torch.tensor(dim**0.5), rtol=1e-5)
+    assert torch.equal(space.embed(ids), space.table())
+    if dim > 8:
+        assert torch.equal(space.round(space.embed(ids)), ids)
+
+
+@given(st.integers(1, 4), st.integers(2, 40), st.integers(2, 40), st.integers(0, 99))
+def test_orthogonalised_matrices_have_singular_values_near_one(count, rows, columns, seed):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.linalg.svdvals(orthogonalise(torch.randn(count, rows, columns, generator=generator)).float())
+    assert values.max() < 1.3
+    assert values.median() > 0.6

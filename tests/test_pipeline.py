@@ -1,0 +1,116 @@
+"""The pipeline: reproducible, independent of its batch, at home in diffusers."""
+
+import pytest
+import torch
+
+from embdiff import DDIMScheduler, TextDiffusionPipeline, UserError
+from embdiff.pipeline import load
+from embdiff.schedulers import SCHEDULERS
+
+
+def seeds(*values):
+    return [torch.Generator().manual_seed(v) for v in values]
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULERS))
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_the_same_seeds_give_the_same_texts_in_every_batch(pipe, name, scale):
+    pipe.scheduler = SCHEDULERS[name].from_config(pipe.scheduler.config)
+    prompts = [f"the {w} ." for w in ("cat", "dog", "house", "tree", "red", "blue", "small")]
+    together = pipe(prompts, guidance_scale=scale, num_inference_steps=6, generator=seeds(*range(7)))
+    for i, prompt in enumerate(prompts):
+        alone = pipe(prompt, guidance_scale=scale, num_inference_steps=6, generator=seeds(i))
+        assert alone.texts[0] == together.texts[i]
+        assert torch.equal(alone.sequences[0], together.sequences[i])
+
+
+def test_one_generator_reproduces_a_run_bit_for_bit(pipe):
+    one, two = (
+        pipe(
+            num_samples=3,
+            num_inference_steps=4,
+            output_type="latent",
+            generator=torch.Generator().manual_seed(5),
+        )
+        for _ in range(2)
+    )
+    assert torch.equal(one.latents, two.latents)
+    other = pipe(num_samples=3, num_inference_steps=4, output_type="latent", generator=torch.Generator().manual_seed(6))
+    assert not torch.equal(one.latents, other.latents)
+
+
+def test_samples_come_in_the_order_of_their_prompts(pipe):
+    pairs = pipe(["the cat .", "a dog"], num_samples=2, num_inference_steps=3, generator=seeds(0, 1, 2, 3)).texts
+    assert pairs[2:] == pipe("a dog", num_samples=2, num_inference_steps=3, generator=seeds(2, 3)).texts
+
+
+def test_a_negative_prompt_matters_only_with_guidance(pipe):
+    def text(**options):
+        return pipe("the cat .", num_inference_steps=4, generator=seeds(0), output_type="latent", **options).latents
+
+    assert torch.equal(text(), text(negative_prompt="a dog"))
+    assert not torch.equal(text(guidance_scale=3.0), text(guidance_scale=3.0, negative_prompt="a dog"))
+
+
+def test_callbacks_see_every_step_and_may_change_the_latents(pipe):
+    seen = []
+
+    def watch(pipe, step, timestep, state):
+        seen.append((step, float(timestep)))
+        assert state["x0"].shape == state["latents"].shape == (1, 12, 16)
+        return {"latents": torch.ones_like(state["latents"])}
+
+    out = pipe(num_inference_steps=3, callback_on_step_end=watch, output_type="latent")
+    assert [s for s, _ in seen] == [0, 1, 2]
+    assert torch.equal(out.latents, torch.ones(1, 12, 16))
+
+
+def test_output_types(pipe):
+    texts, sequences = pipe(num_inference_steps=2, generator=seeds(0), return_dict=False)
+    assert sequences.shape == (1, 12)
+    assert pipe.decode(sequences) == texts
+    assert pipe(num_inference_steps=2, generator=seeds(0), output_type="seq").texts == []
+    assert pipe(num_inference_steps=2, max_length=5).sequences.shape == (1, 5)
+
+
+def test_saving_and_loading_keep_every_bit(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    assert not [p for p in tmp_path.rglob("*") if p.suffix in (".bin", ".pt", ".pkl")]
+    again = TextDiffusionPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert dict(again.scheduler.config)["noise_schedule"] == dict(pipe.scheduler.config)["noise_schedule"]
+    options = {"num_inference_steps": 4, "num_samples": 2, "output_type": "latent"}
+    assert torch.equal(pipe(generator=seeds(1, 2), **options).latents, again(generator=seeds(1, 2), **options).latents)
+    again.scheduler = DDIMScheduler.from_config(again.scheduler.config)
+    assert again.scheduler.noise_schedule == pipe.scheduler.noise_schedule
+
+
+@pytest.mark.parametrize(
+    ("options", "cause"),
+    [
+        ({"num_inference_steps": 0}, "steps"),
+        ({"guidance_scale": float("nan")}, "finite"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"max_length": 99}, "max_length"),
+        ({"num_samples": 0}, "num_samples"),
+        ({"output_type": "image"}, "output_type"),
+        ({"generator": [torch.Generator()] * 3}, "generators"),
+        ({"prompt": ["a", "the"], "negative_prompt": ["a"]}, "negative"),
+    ],
+)
+def test_bad_arguments_are_named(pipe, options, cause):
+    with pytest.raises(UserError, match=cause):
+        pipe(**options)
+
+
+def test_foreign_and_damaged_folders_are_refused(pipe, tmp_path):
+    with pytest.raises(UserError, match="no model"):
+        load(str(tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no embdiff model"):
+        load(str(tmp_path / "empty"))
+    pipe.save_pretrained(tmp_path / "model")
+    weights = next((tmp_path / "model" / "denoiser").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:500])
+    with pytest.raises(UserError, match="damaged"):
+        load(str(tmp_path / "model"))

@@ -1,0 +1,244 @@
+"""Training runs: learning, resuming to the bit, and everything that can go wrong with a run."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+import yaml
+
+from embdiff import checkpoint, training
+from embdiff.data import Corpus, Example
+from embdiff.errors import UserError
+from embdiff.pipeline import load
+from embdiff.training import Stopped, TrainConfig, train
+from tests.conftest import sentences
+
+SMALL = TrainConfig(
+    size="tiny",
+    tokenizer="word",
+    min_count=1,
+    max_length=24,
+    max_prompt_length=8,
+    batch_size=8,
+    max_steps=6,
+    warmup=2,
+    filter_ramp=2,
+    save_every=2,
+    validate_every=100,
+    previews=1,
+    compile=False,
+    dtype="fp32",
+)
+
+
+def small(**options) -> TrainConfig:
+    return TrainConfig(**{**SMALL.__dict__, **options})
+
+
+def corpus(prompted: bool = True, count: int = 60) -> Corpus:
+    examples = [Example(s, " ".join(s.split()[:2]) if prompted else None) for s in sentences(count)]
+    return Corpus("test", examples[:-6], examples[-6:], [])
+
+
+def weights(folder):
+    return checkpoint.read_tensors(folder / "denoiser" / "diffusion_pytorch_model.safetensors")
+
+
+def stop_after(steps: int):
+    calls = iter(range(1, 1000))
+    return lambda: next(calls) >= steps
+
+
+@pytest.mark.parametrize("prompted", [False, True])
+def test_a_stopped_and_resumed_run_ends_with_the_same_weights(tmp_path, prompted):
+    data = corpus(prompted)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(SMALL, whole, corpus=data)
+    with pytest.raises(Stopped):
+        train(SMALL, parts, corpus=data, should_stop=stop_after(3))
+    train(SMALL, parts, corpus=data, resume=True)
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, weights(parts)[name]), name
+
+
+def test_a_run_that_dies_between_checkpoints_ends_with_the_same_weights(tmp_path):
+    """What SIGKILL leaves: the last checkpoint and nothing that came after it."""
+    data = corpus()
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    config = small(max_steps=30, save_every=7)  # across a refit of the noise schedule at step 25
+    train(config, whole, corpus=data)
+
+    def die() -> bool:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+        return False
+
+    left = 26
+    with pytest.raises(KeyboardInterrupt):
+        train(config, parts, corpus=data, should_stop=die)
+    assert checkpoint.checkpoints(parts)[-1].name == "step-00000021"
+    train(config, parts, corpus=data, resume=True)
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, weights(parts)[name]), name
+    scheduler = "scheduler/scheduler_config.json"
+    assert json.loads((whole / scheduler).read_text()) == json.loads((parts / scheduler).read_text())
+
+
+def test_training_learns_and_leaves_a_pipeline_without_pickles(tmp_path):
+    config = small(max_steps=60, batch_size=16, save_every=50)
+    out = train(config, tmp_path / "run", corpus=corpus(count=200))
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["loss"] < 0.6 * log[0]["loss"]
+    assert {p.suffix for p in out.rglob("*") if p.is_file()} <= {".json", ".jsonl", ".yaml", ".safetensors"}
+    pipe = load(str(out))
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("the a", num_inference_steps=2).texts
+
+
+def test_the_bound_objective_trains_too(tmp_path):
+    train(small(objective="vlb", max_steps=3), tmp_path / "run", corpus=corpus())
+
+
+def test_adamw_accumulation_and_infilling_train_too(tmp_path):
+    train(
+        small(optimizer="adamw", accumulate=2, infill=0.5, max_steps=3),
+        tmp_path / "run",
+        corpus=corpus(False),
+    )
+
+
+def test_compiling_changes_the_loss_by_rounding_only(tmp_path):
+    if not training._has_compiler():
+        pytest.skip("no C++ compiler")
+    runs = [
+        train(small(max_steps=3, compile=c, log_every=1), tmp_path / str(c), corpus=corpus()) for c in (False, True)
+    ]
+    logs = [[json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()] for out in runs]
+    assert logs[0] == pytest.approx(logs[1], rel=1e-3)
+
+
+def test_without_a_compiler_there_is_one_remark_and_training_goes_on(monkeypatch):
+    monkeypatch.setattr(training, "_has_compiler", lambda: False)
+    notes: list[str] = []
+    model = torch.nn.Linear(2, 2)
+    assert training.compiled(model, "cpu", notes.append) is model
+    assert len(notes) == 1
+    assert "compiler" in notes[0]
+
+
+def test_nan_stops_with_its_step_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    step_of_nan = 5
+    original = training.losses.cross_entropy
+    calls = iter(range(1, 100))
+
+    def poisoned(*args):
+        loss = original(*args)
+        return loss._replace(total=loss.total * math.nan) if next(calls) == step_of_nan else loss
+
+    monkeypatch.setattr(training.losses, "cross_entropy", poisoned)
+    with pytest.raises(UserError, match=r"nan at step 5.*step-00000004"):
+        train(small(save_every=4, max_steps=12), tmp_path / "run", corpus=corpus())
+    assert [p.name for p in checkpoint.checkpoints(tmp_path / "run")] == ["step-00000004"]
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    original = checkpoint.write_tensors
+    calls = iter(range(1, 100))
+
+    def full(path, tensors):
+        original(path, tensors)
+        if next(calls) > 5:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    with pytest.raises(UserError, match="No space left"):
+        train(SMALL, tmp_path / "run", corpus=corpus())
+    monkeypatch.undo()
+    assert [p.name for p in checkpoint.checkpoints(tmp_path / "run")] == ["step-00000002"]
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+    train(SMALL, tmp_path / "run", corpus=corpus(), resume=True)
+
+
+def test_an_output_folder_with_another_run_is_refused(tmp_path):
+    train(small(max_steps=1), tmp_path / "run", corpus=corpus())
+    before = weights(tmp_path / "run")
+    with pytest.raises(UserError, match="--overwrite"):
+        train(SMALL, tmp_path / "run", corpus=corpus())
+    assert all(torch.equal(v, before[k]) for k, v in weights(tmp_path / "run").items())
+    train(small(max_steps=2), tmp_path / "run", corpus=corpus(), overwrite=True)
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="won't delete"):
+        train(SMALL, tmp_path / "precious", corpus=corpus(), overwrite=True)
+
+
+@pytest.fixture
+def stopped(tmp_path):
+    with pytest.raises(Stopped):
+        train(SMALL, tmp_path / "run", corpus=corpus(), should_stop=stop_after(2))
+    return tmp_path / "run"
+
+
+def test_resuming_refuses_another_vocabulary_data_or_shape(stopped, tmp_path):
+    with pytest.raises(UserError, match="examples"):
+        train(SMALL, stopped, corpus=corpus(count=50), resume=True)
+    with pytest.raises(UserError, match="shape"):
+        train(small(size="mini"), stopped, corpus=corpus(), resume=True)
+    from embdiff.vocabulary import train_word
+
+    shutil.rmtree(stopped / "tokenizer")
+    train_word(["other words entirely"], min_count=1).save_pretrained(stopped / "tokenizer")
+    with pytest.raises(UserError, match="vocabulary"):
+        train(SMALL, stopped, corpus=corpus(), resume=True)
+
+
+def test_damaged_checkpoints_are_named(stopped):
+    folder = checkpoint.checkpoints(stopped)[-1]
+    state = (folder / "state.json").read_text()
+    (folder / "state.json").write_text("{")
+    with pytest.raises(UserError, match="no embdiff checkpoint"):
+        train(SMALL, stopped, corpus=corpus(), resume=True)
+    (folder / "state.json").write_text(state)
+    (folder / "ema.safetensors").write_bytes(b"junk")
+    with pytest.raises(UserError, match="damaged"):
+        train(SMALL, stopped, corpus=corpus(), resume=True)
+
+
+def test_nothing_to_resume_is_said(tmp_path):
+    with pytest.raises(UserError, match="nothing to resume"):
+        train(SMALL, tmp_path / "none", corpus=corpus(), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("size", "huge"),
+        ("batch_size", 0),
+        ("infill", 1.5),
+        ("lr", -1.0),
+        ("lr", math.nan),
+        ("ema", 1.0),
+        ("max_time", 0.0),
+    ],
+)
+def test_options_out_of_range_are_refused(option, value):
+    with pytest.raises(UserError, match=option):
+        small(**{option: value})
+
+
+def test_config_files_are_read_and_checked(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"max-steps": 5, "lr": 0.001}))
+    assert training.read_config(path) == {"max_steps": 5, "lr": 0.001}
+    path.write_text("max_stepz: 5")
+    with pytest.raises(UserError, match="max_stepz"):
+        training.read_config(path)
+    path.write_text("just words")
+    with pytest.raises(UserError, match="config"):
+        training.read_config(path)
+    with pytest.raises(UserError, match="cannot read"):
+        training.read_config(tmp_path / "none.yaml")
