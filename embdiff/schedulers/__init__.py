@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from diffusers import SchedulerMixin
+
 from embdiff.errors import UserError
 from embdiff.schedulers.base import EmbeddingScheduler, SchedulerOutput
 from embdiff.schedulers.ddim import DDIMScheduler
@@ -15,6 +17,11 @@ SCHEDULERS: dict[str, type[EmbeddingScheduler]] = {
     "dpm++": DPMSolverScheduler,
     "renoise": RenoiseScheduler,
 }
+
+# A saved pipeline names the module of its scheduler. It is this one for every solver, so files may move; diffusers
+# looks for SchedulerMixin beside the class.
+for _cls in SCHEDULERS.values():
+    _cls.__module__ = __name__
 
 
 def scheduler_class(name: str) -> type[EmbeddingScheduler]:
@@ -31,6 +38,7 @@ __all__ = [
     "DPMSolverScheduler",
     "EmbeddingScheduler",
     "RenoiseScheduler",
+    "SchedulerMixin",
     "SchedulerOutput",
     "scheduler_class",
 ]

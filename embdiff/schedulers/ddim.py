@@ -40,7 +40,10 @@ class DDIMScheduler(EmbeddingScheduler):
     ) -> None:
         if not 0.0 <= eta <= 1.0:
             raise UserError(f"eta {eta} is out of range: choose 0 (deterministic) to 1 (ancestral)")
-        super().__init__(num_train_timesteps, noise_schedule, prediction_type)
+        # By name: diffusers takes values given by position for defaults, and drops them in from_config.
+        super().__init__(
+            num_train_timesteps=num_train_timesteps, noise_schedule=noise_schedule, prediction_type=prediction_type
+        )
 
     def _rows(self, levels: list[Level]) -> list[Row]:
         return [ddim_row(now, to, self.config.eta) for now, to in pairwise(levels)]
