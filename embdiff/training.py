@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -36,6 +36,9 @@ from embdiff.denoiser import SIZES, Denoiser
 from embdiff.errors import UserError
 from embdiff.noise import GumbelFit, GumbelSchedule
 from embdiff.optim import Muon
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 # ------------------------------------------------------------------------------------------- configuration
 
@@ -214,21 +217,25 @@ def train(
     Raises:
         UserError: bad input. Stopped: `should_stop` said so; the state is saved.
     """
-    reporter = reporter or Silent()
-    prepare_output(output, resume, overwrite)
-    corpus = corpus or load_corpus(
-        config.data,
-        text_column=config.text_column,
-        prompt_column=config.prompt_column,
-        separator=config.separator,
-        validation=config.validation,
-        valid_share=config.valid_share,
-        limit=config.limit,
-    )
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(mixed_precision="no", log_with=config.tracker, project_dir=str(output))
+    reporter = reporter if reporter is not None and accelerator.is_main_process else Silent()
+    if accelerator.is_main_process:
+        prepare_output(output, resume, overwrite)
+    with accelerator.main_process_first():  # the others then find it in the cache
+        corpus = corpus or load_corpus(
+            config.data,
+            text_column=config.text_column,
+            prompt_column=config.prompt_column,
+            separator=config.separator,
+            validation=config.validation,
+            valid_share=config.valid_share,
+            limit=config.limit,
+        )
     for text in corpus.notes:
         reporter.note(text)
-    trainer = Trainer(config, output, corpus, reporter, resume)
-    trainer.run(should_stop)
+    Trainer(config, output, corpus, accelerator, reporter, resume).run(should_stop)
     return output
 
 
@@ -259,11 +266,17 @@ def prepare_output(output: Path, resume: bool, overwrite: bool) -> None:
 class Trainer:
     """One run: data, model, optimisers, schedule fit, and the loop over them."""
 
-    def __init__(self, config: TrainConfig, output: Path, corpus: Corpus, reporter: Reporter, resume: bool) -> None:
-        from accelerate import Accelerator
-
-        self.config, self.output, self.corpus, self.reporter = config, output, corpus, reporter
-        self.accelerator = Accelerator(mixed_precision="no", log_with=config.tracker, project_dir=str(output))
+    def __init__(
+        self,
+        config: TrainConfig,
+        output: Path,
+        corpus: Corpus,
+        accelerator: Accelerator,
+        reporter: Reporter,
+        resume: bool,
+    ) -> None:
+        self.config, self.output, self.corpus = config, output, corpus
+        self.accelerator, self.reporter = accelerator, reporter
         self.device = self.accelerator.device
         # Zero-initialised layers start with gradients near 1e-40, which a CPU multiplies a hundred times slower.
         torch.set_flush_denormal(True)
@@ -271,8 +284,7 @@ class Trainer:
         self.train_set, self.valid_set = self._encode()
         self.mixture = Mixture(config.drop_prompt, config.infill)
         self.window = Window.fitting(self.train_set, config.window)
-        self.denoiser = self._new_denoiser()
-        self.model = self.accelerator.prepare(self.denoiser)
+        self.denoiser = self._new_denoiser().to(self.device)
         self.names = {p: name for name, p in self.denoiser.named_parameters()}
         self.optimizers = self._new_optimizers()
         self.ema = {name: p.detach().clone() for name, p in self.denoiser.named_parameters()}
@@ -369,7 +381,7 @@ class Trainer:
             wanted = self.device.type == "cuda" or (
                 (self.config.max_time or math.inf) >= 600 and (self.config.steps or math.inf) >= 1000
             )
-        model = cast(Callable[..., Tensor], self.model)
+        model = cast(Callable[..., Tensor], self.denoiser)
         return compiled(model, self.device.type, self.reporter.note) if wanted else model
 
     # ------------------------------------------------------------------------------------------- the loop
@@ -422,11 +434,10 @@ class Trainer:
         self._set_learning_rates()
         self.denoiser.filter_ramp.fill_(min(1.0, step / config.filter_ramp) if config.filter_ramp else 1.0)
         for part in range(config.accumulate):
-            sync = part == config.accumulate - 1
-            with contextlib.nullcontext() if sync else self.accelerator.no_sync(self.model):
-                loss = self._loss(step, part)
-                self.accelerator.backward(loss / config.accumulate)
+            loss, weight = self._loss(step, part)
+            torch.autograd.backward(loss * weight / config.accumulate)
             self.recent.append(loss.detach())
+        self._share_gradients()
         clip_grad_norm_(self.denoiser.parameters(), config.clip)
         for optimizer in self.optimizers:
             optimizer.step()
@@ -436,7 +447,15 @@ class Trainer:
         if self.progress.step % 25 == 0:
             self._fit_schedule()
 
-    def _loss(self, step: int, part: int) -> Tensor:
+    def _share_gradients(self) -> None:
+        """Sums gradients over processes; not through DDP, since head and embeddings are used outside of forward."""
+        if self.accelerator.num_processes > 1:
+            for p in self.names:
+                if p.grad is not None:
+                    torch.distributed.all_reduce(p.grad)
+
+    def _loss(self, step: int, part: int) -> tuple[Tensor, float]:
+        """This process's mean loss over target positions, and its share of all target positions of the step."""
         config = self.config
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         generator = np.random.default_rng((config.seed, step, part))
@@ -453,7 +472,10 @@ class Trainer:
         batch = self.mixture.apply(self.train_set.batch(index, length), length, generator)
         noise = generator.standard_normal((*batch.ids.shape, self.denoiser.dim), dtype=np.float32)
         mine = slice(rank * each, (rank + 1) * each)
-        batch = batch.take(mine).to(self.device)
+        everywhere = int(batch.target().sum())
+        batch = batch.take(mine)
+        weight = int(batch.target().sum()) / everywhere
+        batch = batch.to(self.device)
         gamma = torch.from_numpy(self.fit.schedule.gamma(t[mine])).float().to(self.device)
         eps = torch.from_numpy(noise[mine]).to(self.device)
         with self._autocast():
@@ -465,7 +487,7 @@ class Trainer:
         if length == config.max_length:
             # The schedule is fitted to what sampling sees: whole texts.
             self.pending.append((gamma, loss.cross_entropy))
-        return loss.total
+        return loss.total, weight
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.autocast_dtype is None:
@@ -505,7 +527,7 @@ class Trainer:
 
     def _log(self, tokens_per_second: float) -> None:
         step = self.progress.step
-        values = torch.stack(self.recent).float().cpu().numpy()
+        values = self._mean_over_processes(torch.stack(self.recent).float()).cpu().numpy()
         self.recent = []
         bad = np.flatnonzero(~np.isfinite(values))
         if len(bad):
@@ -528,6 +550,9 @@ class Trainer:
             self.reporter.progress(metrics)
         if self.config.tracker:
             self.accelerator.log({k: metrics[k] for k in ("loss", "tokens_per_second", "schedule_mu")}, step=step)
+
+    def _mean_over_processes(self, values: Tensor) -> Tensor:
+        return cast(Tensor, self.accelerator.reduce(values, "mean")) if self.accelerator.num_processes > 1 else values
 
     def _last_good(self) -> str:
         saved = checkpoint.checkpoints(self.output)
@@ -629,7 +654,7 @@ class Trainer:
 
     def _log_pending(self) -> None:
         """Looks for a bad loss before its weights are saved."""
-        if self.recent and not all(math.isfinite(float(x)) for x in self.recent):
+        if self.recent and not torch.isfinite(self._mean_over_processes(torch.stack(self.recent))).all():
             self._log(0.0)
 
     def _fit_pending(self) -> None:

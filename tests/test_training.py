@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -109,6 +111,37 @@ def test_adamw_accumulation_and_infilling_train_too(tmp_path):
         tmp_path / "run",
         corpus=corpus(False),
     )
+
+
+def test_two_processes_train_like_one_with_twice_the_batch(tmp_path):
+    pairs = tmp_path / "pairs.txt"
+    pairs.write_text("\n".join(f"{' '.join(s.split()[:2])}||{s}" for s in sentences(60)))
+    common = [str(pairs), "--separator", "||", "--size", "tiny", "--tokenizer", "word", "--min-count", "1"]
+    common += ["--max-length", "24", "--max-steps", "4", "--no-compile", "--dtype", "fp32", "--infill", "0.3"]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
+    logs = []
+    for name, start, batch in (("one", [sys.executable, "-m"], "16"), ("two", launch, "8")):
+        command = [*start, "embdiff.cli", "train", *common, "--output", str(tmp_path / name), "--batch-size", batch]
+        config = tmp_path / f"{name}.yaml"
+        config.write_text("log_every: 1\n")
+        done = subprocess.run([*command, "--config", str(config)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        logs.append([json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()])
+    # Each process logs the mean over its own positions, so compare loosely at first and the weights strictly.
+    assert logs[0] == pytest.approx(logs[1], rel=0.05)
+    one, two = (weights(tmp_path / name) for name in ("one", "two"))
+    for name in one:
+        assert torch.allclose(one[name], two[name], atol=1e-4), name
 
 
 def test_compiling_changes_the_loss_by_rounding_only(tmp_path):
