@@ -23,6 +23,8 @@ Tensors = dict[str, Tensor]
 
 def save_folder(target: Path, write: Callable[[Path], None]) -> None:
     """Lets `write` fill a new folder, then puts it at `target` in one rename; raises UserError if it can't."""
+    from safetensors import SafetensorError
+
     fresh = target.with_name(f".{target.name}.tmp")
     try:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -34,9 +36,9 @@ def save_folder(target: Path, write: Callable[[Path], None]) -> None:
             shutil.rmtree(target)
         fresh.rename(target)
         flush(target.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(fresh, ignore_errors=True)
-        reason = error.strerror or error
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
             f"cannot save {target}: {reason}; what was saved before is intact, make room and resume"
         ) from error

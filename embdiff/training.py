@@ -219,6 +219,7 @@ def train(
     """
     from accelerate import Accelerator
 
+    check_tracker(config.tracker)
     accelerator = Accelerator(mixed_precision="no", log_with=config.tracker, project_dir=str(output))
     reporter = reporter if reporter is not None and accelerator.is_main_process else Silent()
     if accelerator.is_main_process:
@@ -237,6 +238,18 @@ def train(
         reporter.note(text)
     Trainer(config, output, corpus, accelerator, reporter, resume).run(should_stop)
     return output
+
+
+def check_tracker(name: str | None) -> None:
+    """Refuses a tracker that accelerate doesn't know or that isn't installed; it would only be ignored."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    if name is None:
+        return
+    if name not in LOGGER_TYPE_TO_CLASS:
+        raise UserError(f"tracker {name!r} is unknown: choose one of {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
+    if name not in [str(tracker) for tracker in get_available_trackers()]:
+        raise UserError(f"tracker {name!r} is not installed: pip install {name}, or leave --tracker out")
 
 
 def prepare_output(output: Path, resume: bool, overwrite: bool) -> None:

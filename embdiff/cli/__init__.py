@@ -42,3 +42,7 @@ def main() -> None:
     except UserError as error:
         print(f"embdiff: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # a full disk, a folder that may not be written to
+        where = f" {error.filename}" if error.filename else ""
+        print(f"embdiff: cannot read or write{where}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
