@@ -7,8 +7,8 @@ the text always starts at position 0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,30 +26,34 @@ Ints = NDArray[np.int32]
 
 @dataclass(frozen=True)
 class Batch:
-    """ids, positions: [B, S] int64; known, present: [B, S] bool or None (see `Denoiser.forward`); S = P + L."""
+    """ids, positions: [B, S] int64; known, present: [B, S] bool or None (see `Denoiser.forward`); S = P + L.
+
+    prompt: P, the number of leading positions that are context in every example.
+    """
 
     ids: Tensor
     positions: Tensor
     known: Tensor | None = None
     present: Tensor | None = None
+    prompt: int = 0
 
     def target(self) -> Tensor:
-        """[B, S] bool: the positions that are generated, and so carry the loss."""
-        if self.known is not None:
-            return ~self.known
-        return torch.ones_like(self.ids, dtype=torch.bool)
+        """[B, L] bool: the text positions that are generated, and so carry the loss."""
+        text = self.ids[:, self.prompt :]
+        return torch.ones_like(text, dtype=torch.bool) if self.known is None else ~self.known[:, self.prompt :]
 
     def take(self, rows: slice) -> Batch:
         """Some of the examples."""
-        known = None if self.known is None else self.known[rows]
-        present = None if self.present is None else self.present[rows]
-        return Batch(self.ids[rows], self.positions[rows], known, present)
+        return self._each(lambda x: x[rows])
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on a device."""
-        known = None if self.known is None else self.known.to(device)
-        present = None if self.present is None else self.present.to(device)
-        return Batch(self.ids.to(device), self.positions.to(device), known, present)
+        return self._each(lambda x: x.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        known = None if self.known is None else change(self.known)
+        present = None if self.present is None else change(self.present)
+        return Batch(change(self.ids), change(self.positions), known, present, self.prompt)
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ class Encoded:
             positions=torch.cat([column - n, positions], 1),
             known=torch.cat([torch.ones(len(index), P, dtype=torch.bool), torch.zeros_like(text, dtype=torch.bool)], 1),
             present=torch.cat([column < n, torch.ones_like(text, dtype=torch.bool)], 1),
+            prompt=P,
         )
 
 
@@ -140,21 +145,20 @@ class Mixture:
 
     def apply(self, batch: Batch, length: int, generator: np.random.Generator) -> Batch:
         """Draws which of the last `length` positions (the text) are given, and which prompts are dropped."""
-        B, S = batch.ids.shape
-        P = S - length
+        B, P = len(batch.ids), batch.prompt
         given = np.zeros((B, length), dtype=bool)
         for b in np.flatnonzero(generator.random(B) < self.infill):
             given[b] = _given(length, generator)
         dropped = torch.from_numpy(generator.random(B) < self.drop_prompt)
         if P == 0:
             # Always a mask when infilling is on: shapes and branches then are those of every other batch.
-            return batch if self.infill == 0 else Batch(batch.ids, batch.positions, torch.from_numpy(given))
+            return batch if self.infill == 0 else replace(batch, known=torch.from_numpy(given))
         assert batch.known is not None
         assert batch.present is not None
         known, present = batch.known.clone(), batch.present.clone()
         known[:, P:] = torch.from_numpy(given)
         present[dropped, :P] = False
-        return Batch(batch.ids, batch.positions, known, present)
+        return replace(batch, known=known, present=present)
 
 
 def _given(length: int, generator: np.random.Generator) -> NDArray[np.bool_]:

@@ -47,7 +47,7 @@ def cross_entropy(
     gamma: [B]; noise: [B, S, D]; forward: the (compiled, wrapped) denoiser to call instead of `denoiser`.
     """
     h = _features(denoiser, batch, denoiser.space.embed(batch.ids), gamma, noise, self_condition, forward)
-    losses = ops.cross_entropy(h, denoiser.output_weight(), batch.ids)
+    losses = ops.cross_entropy(h, denoiser.output_weight(), batch.ids[:, batch.prompt :])
     target = batch.target().float()
     per_example = (losses.detach() * target).sum(1) / target.sum(1).clamp(min=1)
     return Loss((losses * target).sum() / target.sum().clamp(min=1), per_example)
@@ -71,10 +71,10 @@ def variational_loss(
     h = _features(denoiser, batch, x, gamma, noise, self_condition, forward)
     target = batch.target().float()
     x0 = ops.expectation(h, denoiser.output_weight(), denoiser.space.table().detach()).mean
-    error = ((x0 - x).square().sum(-1) * target).sum(1)
+    error = ((x0 - x[:, batch.prompt :]).square().sum(-1) * target).sum(1)
     loss = (0.5 * torch.exp(-gamma) * error / density).sum() / target.sum().clamp(min=1)
     with torch.no_grad():
-        ce = ops.cross_entropy(h, denoiser.output_weight(), batch.ids)
+        ce = ops.cross_entropy(h, denoiser.output_weight(), batch.ids[:, batch.prompt :])
     return Loss(loss, (ce * target).sum(1) / target.sum(1).clamp(min=1))
 
 
@@ -87,14 +87,15 @@ def _features(
     self_condition: bool,
     forward: Callable[..., Tensor] | None,
 ) -> Tensor:
+    """Features [B, L, W + D] of the text positions: prompts need no prediction."""
     forward = denoiser if forward is None else forward
     z = noisy(x, gamma, noise, batch)
     layout = {"known": batch.known, "present": batch.present, "positions": batch.positions}
     self_cond = torch.zeros_like(z)
     if self_condition:
         with torch.no_grad():
-            self_cond = denoiser.x0(forward(z, gamma, None, self_cond, **layout))
-    return forward(z, gamma, None, self_cond, **layout)
+            self_cond[:, batch.prompt :] = denoiser.x0(forward(z, gamma, None, self_cond, **layout)[:, batch.prompt :])
+    return forward(z, gamma, None, self_cond, **layout)[:, batch.prompt :]
 
 
 class Bound(NamedTuple):
@@ -127,10 +128,11 @@ def variational_bound(
     """
     B = len(batch.ids)
     x = denoiser.space.embed(batch.ids)
+    text = x[:, batch.prompt :]
     target = batch.target().float()
 
-    def draw() -> Tensor:
-        return torch.randn(x.shape, generator=generator).to(x.device)
+    def draw(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator).to(like.device)
 
     offset = torch.rand(B, generator=generator, dtype=torch.float64).numpy()
     diffusion = torch.zeros(B, device=x.device)
@@ -138,15 +140,15 @@ def variational_bound(
         t = (k + (offset + np.arange(B) / B) % 1.0) / samples
         gamma = torch.from_numpy(schedule.gamma(t)).float().to(x.device)
         slope = torch.from_numpy(schedule.derivative(t)).float().to(x.device)
-        h = _features(denoiser, batch, x, gamma, draw(), True, None)
-        error = ((denoiser.x0(h) - x).square().sum(-1) * target).sum(1)
+        h = _features(denoiser, batch, x, gamma, draw(x), True, None)
+        error = ((denoiser.x0(h) - text).square().sum(-1) * target).sum(1)
         diffusion += 0.5 * torch.exp(-gamma) * slope * error / samples
 
     g0, g1 = (float(g) for g in schedule.gamma([0.0, 1.0]))
     low = torch.full((B,), g0, device=x.device)
-    z = corrupt(x, low, draw())
+    z = corrupt(text, low, draw(text))
     h = z * math.exp(-g0) * math.sqrt(1 + math.exp(g0))  # alpha / sigma^2 = e^-g sqrt(1 + e^g)
-    reconstruction = (ops.cross_entropy(h, denoiser.space.table(), batch.ids) * target).sum(1)
+    reconstruction = (ops.cross_entropy(h, denoiser.space.table(), batch.ids[:, batch.prompt :]) * target).sum(1)
     # Per coordinate (alpha^2 x^2 + sigma^2 - 1 - log sigma^2) / 2, and x^2 averages to 1.
     prior = 0.5 * denoiser.dim * math.log1p(math.exp(-g1)) * target.sum(1)
     return Bound(diffusion, reconstruction, prior)
