@@ -63,6 +63,7 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         guidance_scale: float = 1.0,
         guidance: Sequence[Guidance] = (),
         temperature: float = 0.7,
+        draw_length: bool = True,
         max_length: int | None = None,
         num_samples: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -81,6 +82,10 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
             temperature: of the words in the token posterior; 1 samples the model as it is, less is more fluent
                 and less diverse. The probabilities of end-of-text and padding stay as they are, so that texts do
                 not shrink.
+            draw_length: each sample draws a number u in (0, 1) once, and a position is padding, or the end of text,
+                where u lies in the posterior's share of it. So lengths are distributed as the model has them. False
+                mixes embeddings by their probabilities there too, as the textbook has it; texts then come out short,
+                since one embedding for all padding outweighs the scattered embeddings of words.
             max_length: target positions, at most what the model was trained for (the default).
             generator: one from which each sample's seed is drawn, or one for each sample. Noise is drawn sample by
                 sample, so a text does not depend on the batch that it was in.
@@ -110,7 +115,8 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         self.scheduler.set_timesteps(num_inference_steps, device=self.device)
         self.scheduler.set_begin_index(0)
         z = self._initial_noise(generators, length) * self.scheduler.init_noise_sigma
-        predictor = Predictor(self.denoiser, contexts, modules, temperature, self._kept_tokens())
+        quantile = self._uniform(generators) if draw_length else None
+        predictor = Predictor(self.denoiser, contexts, modules, temperature, self._kept_tokens(), quantile)
         x0 = torch.zeros_like(z)
         gammas = [float(g) for g in self.scheduler.gammas.cpu()]
         with self.progress_bar(total=len(gammas)) as progress:
@@ -141,6 +147,7 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         return (texts, sequences) if latents is None else (texts, sequences, latents)
 
     def _kept_tokens(self) -> tuple[int, ...]:
+        """The tokens that make up a text's length; padding first, for what follows an end is padding."""
         return (int(self.tokenizer.pad_token_id), int(self.tokenizer.eos_token_id))
 
     def _length(self, max_length: int | None) -> int:
@@ -154,6 +161,9 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
     def _initial_noise(self, generators: list[torch.Generator], length: int) -> Tensor:
         shape = (length, self.denoiser.dim)
         return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generators]).to(self.device)
+
+    def _uniform(self, generators: list[torch.Generator]) -> Tensor:
+        return torch.cat([torch.rand(1, generator=g, device=g.device) for g in generators]).to(self.device)
 
     def _contexts(
         self, prompts: list[str] | list[None], negative: str | Sequence[str] | None, num_samples: int
@@ -205,12 +215,14 @@ class Predictor:
         modules: Sequence[Guidance],
         temperature: float,
         kept: tuple[int, ...],
+        quantile: Tensor | None = None,
     ) -> None:
         self.denoiser = denoiser
         self.context, self.other = contexts
         self.modules = [m for m in modules if m.scale != 1.0 and self.context is not None]
         self.temperature = temperature
-        self.kept = kept if temperature != 1.0 else ()
+        self.kept = kept if temperature != 1.0 or quantile is not None else ()
+        self.quantile = None if quantile is None else quantile[:, None, None]
         self.both = None
         if self.modules and self.context is not None and self.other is not None:
             self.both = Context.stack([self.context, self.other])
@@ -221,25 +233,32 @@ class Predictor:
         """x0 [B, L, D], fp32, for latents z at noise level gamma, given the previous x0."""
         active = [m for m in self.modules if m.active(gamma)]
         if not active:
-            return self._x0(self._features(z, gamma, self.context, self_cond))
+            return self._x0(self._posterior(self._features(z, gamma, self.context, self_cond)))
         twice = self._features(torch.cat([z, z]), gamma, self.both, torch.cat([self_cond, self_cond]))
         for module in (m for m in active if m.space == "logits"):
             conditional, other = twice.chunk(2)
             twice = torch.cat([module.combine(conditional, other), other])
         means = [m for m in active if m.space == "x0"]
         if not means:
-            return self._x0(twice.chunk(2)[0])
-        x0, other = self._x0(twice).chunk(2)
+            return self._x0(self._posterior(twice.chunk(2)[0]))
+        (mean, other_mean), (kept, other_kept) = (part.chunk(2) for part in self._posterior(twice))
         for module in means:
-            x0 = module.combine(x0, other)
-        return x0
+            mean, kept = module.combine(mean, other_mean), module.combine(kept, other_kept).clamp(0.0, 1.0)
+        return self._x0(ops.Posterior(mean, kept))
 
     def _features(self, z: Tensor, gamma: float, context: Context | None, self_cond: Tensor) -> Tensor:
         level = torch.full((len(z),), gamma, dtype=torch.float32, device=z.device)
         return cast(Tensor, self.denoiser(z, level, context, self_cond))
 
-    def _x0(self, h: Tensor) -> Tensor:
-        mean, kept = ops.expectation(h, self.weight, self.table, self.temperature, self.kept)
+    def _posterior(self, h: Tensor) -> ops.Posterior:
+        return ops.expectation(h, self.weight, self.table, self.temperature, self.kept)
+
+    def _x0(self, posterior: ops.Posterior) -> Tensor:
+        """The mean embedding; with `quantile`, length tokens are there or not instead of in part."""
+        mean, kept = posterior
+        if self.quantile is not None:
+            upper = kept.cumsum(-1)
+            kept = ((upper - kept < self.quantile) & (self.quantile <= upper)).to(kept.dtype)
         return kept @ self.table[list(self.kept)] + (1 - kept.sum(-1, keepdim=True)) * mean
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from embdiff import DDIMScheduler, TextDiffusionPipeline, UserError
-from embdiff.pipeline import load
+from embdiff import DDIMScheduler, TextDiffusionPipeline, UserError, ops
+from embdiff.pipeline import Predictor, load
 from embdiff.schedulers import SCHEDULERS
 
 
@@ -63,6 +63,29 @@ def test_callbacks_see_every_step_and_may_change_the_latents(pipe):
     out = pipe(num_inference_steps=3, callback_on_step_end=watch, output_type="latent")
     assert [s for s, _ in seen] == [0, 1, 2]
     assert torch.equal(out.latents, torch.ones(1, 12, 16))
+
+
+def test_lengths_are_drawn_as_the_posterior_has_them(pipe):
+    """Each position is padding for the share of samples that its probability says, and words lie before the end."""
+    count = 4000
+    predictor = Predictor(pipe.denoiser, (None, None), [], 0.7, (0, 2), (torch.arange(count) + 0.5) / count)
+    table = pipe.denoiser.space.table()
+    probabilities = torch.tensor([[0.0, 0.1], [0.1, 0.3], [0.4, 0.5], [0.9, 0.1]])  # padding, end of text
+    word = table[7]
+    x0 = predictor._x0(ops.Posterior(word.expand(count, 4, -1), probabilities.expand(count, -1, -1)))
+    ids = pipe.denoiser.space.round(x0)
+    assert torch.allclose((ids == 0).float().mean(0), probabilities[:, 0], atol=1e-3)
+    assert torch.allclose((ids == 2).float().mean(0), probabilities[:, 1], atol=1e-3)
+    assert torch.all((ids == 2).sum(1) == 1)  # exactly one end, for these are the probabilities of one length
+    after = (ids == 2).cumsum(1) - (ids == 2).long()
+    assert torch.equal(after == 1, ids == 0)
+
+
+def test_without_drawn_lengths_x0_is_the_posterior_mean(pipe):
+    z, self_cond = torch.randn(2, 3, 12, 16)
+    predictor = Predictor(pipe.denoiser, (None, None), [], 1.0, (0, 2))
+    h = pipe.denoiser(z, torch.full((3,), 0.5), None, self_cond)
+    assert torch.allclose(predictor(z, 0.5, self_cond), pipe.denoiser.x0(h), atol=1e-5)
 
 
 def test_output_types(pipe):

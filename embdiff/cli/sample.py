@@ -55,6 +55,7 @@ def sample(
     scheduler: str | None = typer.Option(None, help="ddim, ddpm, dpm++ or renoise; by default the model's own."),
     max_length: int | None = typer.Option(None, help="Tokens at most; by default what the model was trained for."),
     temperature: float = typer.Option(0.7, help="Of the words in the token posterior; 1 = as the model is."),
+    draw_length: bool = typer.Option(True, help="Draw each text's length from the model; else mix embeddings."),
     seed: int = typer.Option(0, help="Seed of the first sample; sample i has seed + i."),
     batch_size: int = typer.Option(32, help="Samples drawn at a time; texts do not depend on it."),
     device: str = typer.Option("auto", help="cpu, cuda or auto."),
@@ -88,6 +89,7 @@ def sample(
     options: dict[str, Any] = {
         "num_inference_steps": steps,
         "temperature": temperature,
+        "draw_length": draw_length,
         "max_length": max_length,
         "guidance": [ClassifierFreeGuidance(cfg_scale, cfg_space)],
     }
