@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +87,7 @@ def sample(
 
     if scheduler is not None:
         pipe.scheduler = scheduler_class(scheduler).from_config(pipe.scheduler.config)
+    warn_of_long_prompts(pipe, [p for p in sources if p])
     options: dict[str, Any] = {
         "num_inference_steps": steps,
         "temperature": temperature,
@@ -115,6 +117,17 @@ def check(num_samples: int, steps: int, cfg_scale: float, batch_size: int, tempe
         raise UserError(f"--cfg-scale {cfg_scale} is not a finite number: 1 is off, 1.5 to 3 are usual")
     if not (math.isfinite(temperature) and temperature > 0):
         raise UserError(f"--temperature {temperature} is out of range: give a number above 0")
+
+
+def warn_of_long_prompts(pipe: TextDiffusionPipeline, prompts: list[str]) -> None:
+    """Says how many prompts are longer than the model's, of which only the end is used."""
+    limit = int(pipe.denoiser.config.max_prompt_length)
+    lengths = [len(ids) for ids in pipe.tokenizer(prompts, add_special_tokens=False)["input_ids"]] if prompts else []
+    long = sum(n > limit for n in lengths)
+    if long and limit:
+        print(
+            f"{long} of {len(prompts)} prompts are longer than {limit} tokens: only their end is used", file=sys.stderr
+        )
 
 
 def draw(pipe: TextDiffusionPipeline, jobs: list[Job], options: dict[str, Any]) -> Iterator[tuple[Job, str, list[int]]]:
@@ -153,10 +166,11 @@ def write(records: Iterator[Record], total: int, done: int, output: Path | None,
     from rich.console import Console
     from rich.progress import track
 
+    first = list(islice(records, 1))  # what can't be drawn at all must not cost the file that is there
     try:
         with output.open("a" if done else "w", encoding="utf-8") as file:
             console = Console(stderr=True)
-            for record in track(records, "sampling", total=total, completed=done, console=console):
+            for record in track(chain(first, records), "sampling", total=total, completed=done, console=console):
                 file.write(line(record, as_json or output.suffix == ".jsonl") + "\n")
                 file.flush()
     except OSError as error:

@@ -208,6 +208,20 @@ def test_an_existing_output_is_not_replaced_unasked(model, tmp_path, capsys, mon
     assert path.read_text() == "precious\n"
 
 
+def test_a_refused_run_does_not_cost_the_file_that_it_would_replace(model, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "samples.txt"
+    path.write_text("precious\n")
+    options = ("--output", str(path), "--overwrite", "--max-length", "500")
+    assert "max_length" in refused(capsys, monkeypatch, "sample", str(model), *options)
+    assert path.read_text() == "precious\n"
+
+
+def test_long_prompts_are_counted(model):
+    result = CliRunner().invoke(app, ["sample", str(model), "--prompt", "the " * 50, "--steps", "1"])
+    assert result.exit_code == 0
+    assert "1 of 1 prompts" in result.stderr
+
+
 def test_bad_data_gets_one_line(tmp_path, capsys, monkeypatch):
     out = str(tmp_path / "run")
     (tmp_path / "empty.txt").write_text("\n\n")
