@@ -294,6 +294,10 @@ def load(model: str) -> TextDiffusionPipeline:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if not folder.exists():
+            raise UserError(
+                f"no model {model!r}: there is no such folder, and the hub gives none ({reason})"
+            ) from error
         raise UserError(
             f"cannot load the model in {model}: {reason}; the folder is damaged or of another kind"
         ) from error

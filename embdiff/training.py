@@ -223,7 +223,7 @@ def train(
     accelerator = Accelerator(mixed_precision="no", log_with=config.tracker, project_dir=str(output))
     reporter = reporter if reporter is not None and accelerator.is_main_process else Silent()
     if accelerator.is_main_process:
-        prepare_output(output, resume, overwrite)
+        check_output(output, resume, overwrite)
     with accelerator.main_process_first():  # the others then find it in the cache
         corpus = corpus or load_corpus(
             config.data,
@@ -252,26 +252,26 @@ def check_tracker(name: str | None) -> None:
         raise UserError(f"tracker {name!r} is not installed: pip install {name}, or leave --tracker out")
 
 
-def prepare_output(output: Path, resume: bool, overwrite: bool) -> None:
-    """Refuses a folder that holds something else; deletes an earlier run if told to."""
+def check_output(output: Path, resume: bool, overwrite: bool) -> None:
+    """Refuses a folder that holds something else, before anything is loaded or deleted."""
     if output.exists() and not output.is_dir():
         raise UserError(f"output {output} is a file: name a folder")
-    holds_run = (output / "run.yaml").exists() or (output / "model_index.json").exists()
     if resume:
         if not (output / "run.yaml").exists():
             raise UserError(f"nothing to resume in {output}: start a run there without --resume")
-        return
-    if output.exists() and any(output.iterdir()):
+    elif output.exists() and any(output.iterdir()):
+        if not (output / "run.yaml").exists():
+            raise UserError(f"output folder {output} holds files that are no embdiff run: use another folder")
         if not overwrite:
-            held = "a run" if holds_run else "files"
-            raise UserError(f"output folder {output} already holds {held}: use --resume, --overwrite or another folder")
-        if not holds_run:
-            raise UserError(
-                f"output folder {output} holds files that are no embdiff run: --overwrite won't delete them"
-            )
-        shutil.rmtree(output)
+            raise UserError(f"output folder {output} already holds a run: use --resume, --overwrite or another folder")
+
+
+def clear_output(output: Path) -> None:
+    """An empty folder where an earlier run, or nothing, was."""
     try:
-        output.mkdir(parents=True, exist_ok=True)
+        if output.exists():
+            shutil.rmtree(output)
+        output.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"cannot make output folder {output}: {error.strerror}") from error
 
@@ -310,6 +310,8 @@ class Trainer:
         if resume:
             self._load()
         if self.accelerator.is_main_process:
+            if not resume:
+                clear_output(output)
             config.save(output)
             if not (output / "tokenizer").exists():
                 self.tokenizer.save_pretrained(output / "tokenizer")
@@ -407,7 +409,7 @@ class Trainer:
         while not self._finished():
             self._step()
             step = self.progress.step
-            self.progress.seconds = time.monotonic() - begin
+            stop, self.progress.seconds = self._agreed(should_stop(), time.monotonic() - begin)
             if step % config.log_every == 0 or self._finished():
                 now = time.monotonic()
                 self._log((self.progress.tokens - tokens) / max(now - mark, 1e-9))
@@ -415,7 +417,6 @@ class Trainer:
             if step % config.validate_every == 0 and not self._finished():
                 self._validate()
                 mark = time.monotonic()
-            stop = self._agreed(should_stop())
             if step % config.save_every == 0 or stop or self._finished():
                 self._save()
                 mark = time.monotonic()
@@ -426,12 +427,13 @@ class Trainer:
         if config.tracker:
             self.accelerator.end_training()
 
-    def _agreed(self, stop: bool) -> bool:
-        """Whether any process wants to stop, so that all do."""
+    def _agreed(self, stop: bool, seconds: float) -> tuple[bool, float]:
+        """What all processes make of one wanting to stop and of the time, so that all leave the loop together."""
         if self.accelerator.num_processes == 1:
-            return stop
-        flag = torch.tensor(float(stop), device=self.device)
-        return bool(cast(Tensor, self.accelerator.reduce(flag)).item() > 0)
+            return stop, seconds
+        views = torch.tensor([float(stop), seconds], dtype=torch.float64, device=self.device)
+        wanted, total = cast(Tensor, self.accelerator.reduce(views)).tolist()
+        return wanted > 0, total / self.accelerator.num_processes
 
     def _share(self) -> float:
         """How much of the run is done, 0 to 1."""

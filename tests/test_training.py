@@ -212,8 +212,11 @@ def test_an_output_folder_with_another_run_is_refused(tmp_path):
     train(small(max_steps=2), tmp_path / "run", corpus=corpus(), overwrite=True)
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match="won't delete"):
+    with pytest.raises(UserError, match="no embdiff run"):
         train(SMALL, tmp_path / "precious", corpus=corpus(), overwrite=True)
+    with pytest.raises(UserError, match="no such file"):  # bad input costs nothing, not even with overwrite
+        train(small(data="missing.txt"), tmp_path / "run", overwrite=True)
+    assert weights(tmp_path / "run")
 
 
 @pytest.fixture

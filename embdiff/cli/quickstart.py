@@ -34,7 +34,7 @@ def quickstart(
     from embdiff import training
     from embdiff.data import load_corpus
 
-    training.prepare_output(output, resume=False, overwrite=overwrite)
+    training.check_output(output, resume=False, overwrite=overwrite)
     stop = StopSignal()
     with stop, Display() as display:
         display.note("building the corpus from the Python packages on this machine")
@@ -47,7 +47,7 @@ def quickstart(
             )
         config = recipe(remaining, seed)
         try:
-            training.train(config, output, corpus=corpus, reporter=display, should_stop=stop)
+            training.train(config, output, overwrite=overwrite, corpus=corpus, reporter=display, should_stop=stop)
         except training.Stopped:
             display.note(f"stopped and saved in {output}; start again with: embdiff quickstart --overwrite")
             raise typer.Exit(128 + stop.number) from None
