@@ -1,13 +1,13 @@
-"""From text to batches: token arrays, context masks and a sampler whose order depends only on seed and step.
+"""From text to batches: token arrays, context masks, and an order of examples that depends on seed and step alone.
 
-An example is laid out as [prompt | text]: P prompt positions (left-aligned, padding absent) and L text positions
-(end-of-text, then padding: both are content that the model predicts). A prompt of n tokens has positions -n .. -1, so
-the text always starts at position 0.
+Texts are L positions from 0 on: words, the end of text, then padding. The end and the padding are content that the
+model predicts. A prompt of n tokens sits at positions -n .. -1, so the text always starts at 0; padding of prompts is
+absent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,35 +25,70 @@ Ints = NDArray[np.int32]
 
 
 @dataclass(frozen=True)
-class Batch:
-    """ids, positions: [B, S] int64; known, present: [B, S] bool or None (see `Denoiser.forward`); S = P + L.
+class Prompts:
+    """ids, positions: [B, P] int64; present: [B, P] bool, False = padding."""
 
-    prompt: P, the number of leading positions that are context in every example.
+    ids: Tensor
+    present: Tensor
+    positions: Tensor
+
+    @staticmethod
+    def aligned(ids: Tensor, lengths: Tensor) -> Prompts:
+        """Prompts of `lengths` [B] tokens, left-aligned in ids [B, P]."""
+        column, n = torch.arange(ids.shape[1])[None], lengths[:, None]
+        return Prompts(ids.long(), column < n, column - n)
+
+    def take(self, rows: slice) -> Prompts:
+        """Some of the prompts."""
+        return Prompts(self.ids[rows], self.present[rows], self.positions[rows])
+
+    def to(self, device: torch.device | str) -> Prompts:
+        """The same prompts on a device."""
+        return Prompts(self.ids.to(device), self.present.to(device), self.positions.to(device))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Texts, and the prompts that they answer.
+
+    ids: [B, L] int64.
+    known: [B, L] bool, text positions that are given as context; None = none.
+    prompts: of B / draws examples, each of which has `draws` consecutive rows of text; None = no prompts.
+    prompted: [B] bool, False = this row doesn't see its prompt; None = all do.
     """
 
     ids: Tensor
-    positions: Tensor
     known: Tensor | None = None
-    present: Tensor | None = None
-    prompt: int = 0
+    prompts: Prompts | None = None
+    prompted: Tensor | None = None
 
     def target(self) -> Tensor:
-        """[B, L] bool: the text positions that are generated, and so carry the loss."""
-        text = self.ids[:, self.prompt :]
-        return torch.ones_like(text, dtype=torch.bool) if self.known is None else ~self.known[:, self.prompt :]
+        """[B, L] bool: the positions that are generated, and so carry the loss."""
+        return torch.ones_like(self.ids, dtype=torch.bool) if self.known is None else ~self.known
+
+    @property
+    def draws(self) -> int:
+        """Rows of text for each prompt."""
+        return 1 if self.prompts is None else len(self.ids) // len(self.prompts.ids)
 
     def take(self, rows: slice) -> Batch:
-        """Some of the examples."""
-        return self._each(lambda x: x[rows])
+        """Some of the rows; whole examples of them."""
+        examples = slice(rows.start // self.draws, rows.stop // self.draws)
+        return Batch(
+            self.ids[rows],
+            None if self.known is None else self.known[rows],
+            None if self.prompts is None else self.prompts.take(examples),
+            None if self.prompted is None else self.prompted[rows],
+        )
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on a device."""
-        return self._each(lambda x: x.to(device))
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        known = None if self.known is None else change(self.known)
-        present = None if self.present is None else change(self.present)
-        return Batch(change(self.ids), change(self.positions), known, present, self.prompt)
+        return Batch(
+            self.ids.to(device),
+            None if self.known is None else self.known.to(device),
+            None if self.prompts is None else self.prompts.to(device),
+            None if self.prompted is None else self.prompted.to(device),
+        )
 
 
 @dataclass(frozen=True)
@@ -76,23 +111,14 @@ class Encoded:
         """Text tokens, the end of text included, padding not."""
         return int(self.text_length.sum())
 
-    def batch(self, index: Sequence[int] | NDArray[Any], length: int | None = None) -> Batch:
-        """The examples at `index` with the first `length` (default L) text positions as target."""
+    def batch(self, index: Sequence[int] | NDArray[Any], length: int | None = None, draws: int = 1) -> Batch:
+        """The first `length` (default L) text positions of the examples at `index`, `draws` rows of each."""
         index = np.asarray(index)
-        text = torch.from_numpy(self.text[index, :length]).long()
-        L, P = text.shape[1], self.prompt.shape[1]
-        positions = torch.arange(L).expand(len(index), L)
-        if P == 0:
-            return Batch(text, positions)
-        n = torch.from_numpy(self.prompt_length[index])[:, None]
-        column = torch.arange(P)[None]
-        return Batch(
-            ids=torch.cat([torch.from_numpy(self.prompt[index]).long(), text], 1),
-            positions=torch.cat([column - n, positions], 1),
-            known=torch.cat([torch.ones(len(index), P, dtype=torch.bool), torch.zeros_like(text, dtype=torch.bool)], 1),
-            present=torch.cat([column < n, torch.ones_like(text, dtype=torch.bool)], 1),
-            prompt=P,
-        )
+        text = torch.from_numpy(self.text[index, :length]).long().repeat_interleave(draws, 0)
+        if self.prompt.shape[1] == 0:
+            return Batch(text)
+        prompts = Prompts.aligned(torch.from_numpy(self.prompt[index]), torch.from_numpy(self.prompt_length[index]))
+        return Batch(text, prompts=prompts)
 
 
 def encode(
@@ -143,22 +169,18 @@ class Mixture:
     drop_prompt: float = 0.1
     infill: float = 0.1
 
-    def apply(self, batch: Batch, length: int, generator: np.random.Generator) -> Batch:
-        """Draws which of the last `length` positions (the text) are given, and which prompts are dropped."""
-        B, P = len(batch.ids), batch.prompt
-        given = np.zeros((B, length), dtype=bool)
-        for b in np.flatnonzero(generator.random(B) < self.infill):
-            given[b] = _given(length, generator)
-        dropped = torch.from_numpy(generator.random(B) < self.drop_prompt)
-        if P == 0:
-            # Always a mask when infilling is on: shapes and branches then are those of every other batch.
-            return batch if self.infill == 0 else replace(batch, known=torch.from_numpy(given))
-        assert batch.known is not None
-        assert batch.present is not None
-        known, present = batch.known.clone(), batch.present.clone()
-        known[:, P:] = torch.from_numpy(given)
-        present[dropped, :P] = False
-        return replace(batch, known=known, present=present)
+    def apply(self, batch: Batch, generator: np.random.Generator) -> Batch:
+        """Draws which text positions are given, and which rows don't see their prompts."""
+        B, L = batch.ids.shape
+        known = prompted = None
+        if self.infill:
+            given = np.zeros((B, L), dtype=bool)
+            for b in np.flatnonzero(generator.random(B) < self.infill):
+                given[b] = _given(L, generator)
+            known = torch.from_numpy(given)
+        if batch.prompts is not None:
+            prompted = torch.from_numpy(generator.random(B) >= self.drop_prompt)
+        return replace(batch, known=known, prompted=prompted)
 
 
 def _given(length: int, generator: np.random.Generator) -> NDArray[np.bool_]:

@@ -45,6 +45,20 @@ class Context(NamedTuple):
         """The same context, out of sight: what the unconditional branch of guidance attends to."""
         return self._replace(mask=torch.zeros_like(self.mask))
 
+    def hidden_from(self, seen: Tensor) -> Context:
+        """Out of sight for the examples where `seen` [B] bool is False."""
+        return self._replace(mask=self.mask & seen[:, None])
+
+    def repeat(self, n: int) -> Context:
+        """Every example n times in a row."""
+        return Context(
+            self.keys.repeat_interleave(n, 1), self.values.repeat_interleave(n, 1), self.mask.repeat_interleave(n, 0)
+        )
+
+    def take(self, rows: slice) -> Context:
+        """Some of the examples."""
+        return Context(self.keys[:, rows], self.values[:, rows], self.mask[rows])
+
     @staticmethod
     def stack(contexts: list[Context]) -> Context:
         """Contexts of the same C side by side in the batch."""

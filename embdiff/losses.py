@@ -1,6 +1,6 @@
 """Losses: cross-entropy with score interpolation, and the variational bound.
 
-    B batch   S positions   D embedding dim   gamma = log(sigma^2 / alpha^2)
+    B batch   L positions   D embedding dim   gamma = log(sigma^2 / alpha^2)
 
 Both look at a batch through the same two passes: a first one without self-conditioning, whose x0 the second is given.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from embdiff import ops
 from embdiff.batches import Batch
-from embdiff.denoiser import Denoiser
+from embdiff.denoiser import Context, Denoiser
 from embdiff.noise import NoiseSchedule, corrupt
 
 
@@ -28,10 +28,11 @@ class Loss(NamedTuple):
     cross_entropy: Tensor
 
 
-def noisy(x: Tensor, gamma: Tensor, noise: Tensor, batch: Batch) -> Tensor:
-    """z [B, S, D] with the context left clean."""
-    z = corrupt(x, gamma, noise)
-    return z if batch.known is None else torch.where(batch.known[..., None], x, z)
+class Network(NamedTuple):
+    """The denoiser's two passes, compiled or as they are."""
+
+    forward: Callable[..., Tensor]
+    encode_context: Callable[..., Context]
 
 
 def cross_entropy(
@@ -40,14 +41,14 @@ def cross_entropy(
     gamma: Tensor,
     noise: Tensor,
     self_condition: bool,
-    forward: Callable[..., Tensor] | None = None,
+    network: Network | None = None,
 ) -> Loss:
     """-log p(token | z_gamma) averaged over target positions (CDCD, arXiv:2211.15089, equation 4).
 
-    gamma: [B]; noise: [B, S, D]; forward: the (compiled, wrapped) denoiser to call instead of `denoiser`.
+    gamma: [B]; noise: [B, L, D]; network: the passes to call instead of the denoiser's own.
     """
-    h = _features(denoiser, batch, denoiser.space.embed(batch.ids), gamma, noise, self_condition, forward)
-    losses = ops.cross_entropy(h, denoiser.output_weight(), batch.ids[:, batch.prompt :])
+    h = features(denoiser, batch, denoiser.space.embed(batch.ids), gamma, noise, self_condition, network)
+    losses = ops.cross_entropy(h, denoiser.output_weight(), batch.ids)
     target = batch.target().float()
     per_example = (losses.detach() * target).sum(1) / target.sum(1).clamp(min=1)
     return Loss((losses * target).sum() / target.sum().clamp(min=1), per_example)
@@ -60,7 +61,7 @@ def variational_loss(
     noise: Tensor,
     self_condition: bool,
     density: Tensor,
-    forward: Callable[..., Tensor] | None = None,
+    network: Network | None = None,
 ) -> Loss:
     """One-sample estimate of the diffusion term of `variational_bound` per target position, for training.
 
@@ -68,34 +69,41 @@ def variational_loss(
     this term alone would shrink their differences.
     """
     x = denoiser.space.embed(batch.ids).detach()
-    h = _features(denoiser, batch, x, gamma, noise, self_condition, forward)
+    h = features(denoiser, batch, x, gamma, noise, self_condition, network)
     target = batch.target().float()
     x0 = ops.expectation(h, denoiser.output_weight(), denoiser.space.table().detach()).mean
-    error = ((x0 - x[:, batch.prompt :]).square().sum(-1) * target).sum(1)
+    error = ((x0 - x).square().sum(-1) * target).sum(1)
     loss = (0.5 * torch.exp(-gamma) * error / density).sum() / target.sum().clamp(min=1)
     with torch.no_grad():
-        ce = ops.cross_entropy(h, denoiser.output_weight(), batch.ids[:, batch.prompt :])
+        ce = ops.cross_entropy(h, denoiser.output_weight(), batch.ids)
     return Loss(loss, (ce * target).sum(1) / target.sum(1).clamp(min=1))
 
 
-def _features(
+def features(
     denoiser: Denoiser,
     batch: Batch,
     x: Tensor,
     gamma: Tensor,
     noise: Tensor,
     self_condition: bool,
-    forward: Callable[..., Tensor] | None,
+    network: Network | None = None,
 ) -> Tensor:
-    """Features [B, L, W + D] of the text positions: prompts need no prediction."""
-    forward = denoiser if forward is None else forward
-    z = noisy(x, gamma, noise, batch)
-    layout = {"known": batch.known, "present": batch.present, "positions": batch.positions}
+    """The denoiser's features [B, L, W + D] at embeddings x made noisy; prompts are encoded once for all passes."""
+    forward, encode_context = network or Network(denoiser, denoiser.encode_context)
+    z = corrupt(x, gamma, noise)
+    if batch.known is not None:
+        z = torch.where(batch.known[..., None], x, z)
+    context = None
+    if batch.prompts is not None:
+        prompts = batch.prompts
+        context = encode_context(prompts.ids, prompts.present, prompts.positions).repeat(batch.draws)
+        if batch.prompted is not None:
+            context = context.hidden_from(batch.prompted)
     self_cond = torch.zeros_like(z)
     if self_condition:
         with torch.no_grad():
-            self_cond[:, batch.prompt :] = denoiser.x0(forward(z, gamma, None, self_cond, **layout)[:, batch.prompt :])
-    return forward(z, gamma, None, self_cond, **layout)[:, batch.prompt :]
+            self_cond = denoiser.x0(forward(z, gamma, context, self_cond, known=batch.known))
+    return forward(z, gamma, context, self_cond, known=batch.known)
 
 
 class Bound(NamedTuple):
@@ -128,11 +136,10 @@ def variational_bound(
     """
     B = len(batch.ids)
     x = denoiser.space.embed(batch.ids)
-    text = x[:, batch.prompt :]
     target = batch.target().float()
 
-    def draw(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=generator).to(like.device)
+    def draw() -> Tensor:
+        return torch.randn(x.shape, generator=generator).to(x.device)
 
     offset = torch.rand(B, generator=generator, dtype=torch.float64).numpy()
     diffusion = torch.zeros(B, device=x.device)
@@ -140,15 +147,15 @@ def variational_bound(
         t = (k + (offset + np.arange(B) / B) % 1.0) / samples
         gamma = torch.from_numpy(schedule.gamma(t)).float().to(x.device)
         slope = torch.from_numpy(schedule.derivative(t)).float().to(x.device)
-        h = _features(denoiser, batch, x, gamma, draw(x), True, None)
-        error = ((denoiser.x0(h) - text).square().sum(-1) * target).sum(1)
+        h = features(denoiser, batch, x, gamma, draw(), True)
+        error = ((denoiser.x0(h) - x).square().sum(-1) * target).sum(1)
         diffusion += 0.5 * torch.exp(-gamma) * slope * error / samples
 
     g0, g1 = (float(g) for g in schedule.gamma([0.0, 1.0]))
     low = torch.full((B,), g0, device=x.device)
-    z = corrupt(text, low, draw(text))
+    z = corrupt(x, low, draw())
     h = z * math.exp(-g0) * math.sqrt(1 + math.exp(g0))  # alpha / sigma^2 = e^-g sqrt(1 + e^g)
-    reconstruction = (ops.cross_entropy(h, denoiser.space.table(), batch.ids[:, batch.prompt :]) * target).sum(1)
+    reconstruction = (ops.cross_entropy(h, denoiser.space.table(), batch.ids) * target).sum(1)
     # Per coordinate (alpha^2 x^2 + sigma^2 - 1 - log sigma^2) / 2, and x^2 averages to 1.
     prior = 0.5 * denoiser.dim * math.log1p(math.exp(-g1)) * target.sum(1)
     return Bound(diffusion, reconstruction, prior)

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from embdiff import ops, vocabulary
+from embdiff.batches import Prompts
 from embdiff.denoiser import Context, Denoiser
 from embdiff.errors import UserError
 from embdiff.guidance import ClassifierFreeGuidance, Guidance
@@ -179,30 +180,18 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         if len(negatives) != len(prompts):
             raise UserError(f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one, or one for each")
         tokens = self.tokenizer([*positive, *negatives], add_special_tokens=False)["input_ids"]
-        context = self._encode([ids[-limit:] for ids in tokens], num_samples)
+        context = self._encode([ids[-limit:] for ids in tokens]).repeat(num_samples)
         half = len(prompts) * num_samples
-        first, second = (
-            Context(*(part[..., s, :, :, :] if part.ndim == 5 else part[s] for part in context))
-            for s in (slice(0, half), slice(half, None))
-        )
-        return first, second
+        return context.take(slice(0, half)), context.take(slice(half, 2 * half))
 
-    def _encode(self, tokens: list[list[int]], repeat: int) -> Context:
+    def _encode(self, tokens: list[list[int]]) -> Context:
         # At least one position, so that the shapes of prompted runs are alike even if every prompt is empty.
         width = max(1, *(len(ids) for ids in tokens))
         ids = torch.full((len(tokens), width), cast(int, self.tokenizer.pad_token_id))
         for row, prompt in enumerate(tokens):
             ids[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.long)
-        n = torch.tensor([len(prompt) for prompt in tokens])[:, None]
-        column = torch.arange(width)[None]
-        context = self.denoiser.encode_context(
-            ids.to(self.device), (column < n).to(self.device), (column - n).to(self.device)
-        )
-        return Context(
-            context.keys.repeat_interleave(repeat, 1),
-            context.values.repeat_interleave(repeat, 1),
-            context.mask.repeat_interleave(repeat, 0),
-        )
+        prompts = Prompts.aligned(ids, torch.tensor([len(prompt) for prompt in tokens])).to(self.device)
+        return self.denoiser.encode_context(prompts.ids, prompts.present, prompts.positions)
 
 
 class Predictor:

@@ -85,6 +85,7 @@ class TrainConfig:
     drop_prompt: float = 0.1
     infill: float = 0.1
     window: float = 0.6
+    draws: int = 4
     filter_ramp: int = 300
 
     dtype: str = "auto"
@@ -108,9 +109,11 @@ class TrainConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name} {getattr(self, name)!r} is unknown: choose one of {', '.join(allowed)}")
-        for name in ("batch_size", "accumulate", "save_every", "keep", "validate_every", "log_every"):
+        for name in ("batch_size", "accumulate", "draws", "save_every", "keep", "validate_every", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)} is too small: give at least 1")
+        if self.batch_size % self.draws:
+            raise UserError(f"batch_size {self.batch_size} is no multiple of draws {self.draws}: choose one that is")
         for name in ("self_condition", "drop_prompt", "infill", "window", "decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} {getattr(self, name)} is out of range: give a share between 0 and 1")
@@ -317,7 +320,7 @@ class Trainer:
                 self.tokenizer.save_pretrained(output / "tokenizer")
         if config.tracker:
             self.accelerator.init_trackers("embdiff", {k: v for k, v in asdict(config).items() if v is not None})
-        self.forward = self._compiled()
+        self.network = self._network()
 
     # ---------------------------------------------------------------------------------------- construction
 
@@ -389,15 +392,17 @@ class Trainer:
                 group["base_lr"] = group["lr"]
         return optimizers
 
-    def _compiled(self) -> Callable[..., Tensor]:
+    def _network(self) -> losses.Network:
         wanted = self.config.compile
         if wanted is None:
             # Compiling takes a minute or more on a CPU, so short runs are faster without.
             wanted = self.device.type == "cuda" or (
                 (self.config.max_time or math.inf) >= 600 and (self.config.steps or math.inf) >= 1000
             )
-        model = cast(Callable[..., Tensor], self.denoiser)
-        return compiled(model, self.device.type, self.reporter.note) if wanted else model
+        own = losses.Network(self.denoiser, self.denoiser.encode_context)
+        if not wanted or not can_compile(self.device.type, self.reporter.note):
+            return own
+        return losses.Network(*(compiled(call, self.reporter.note) for call in own))
 
     # ------------------------------------------------------------------------------------------- the loop
 
@@ -451,7 +456,7 @@ class Trainer:
         for part in range(config.accumulate):
             loss, weight = self._loss(step, part)
             torch.autograd.backward(loss * weight / config.accumulate)
-            self.recent.append(loss.detach())
+            self.recent.append(loss.detach() * weight)
         self._share_gradients()
         clip_grad_norm_(self.denoiser.parameters(), config.clip)
         for optimizer in self.optimizers:
@@ -476,17 +481,20 @@ class Trainer:
         generator = np.random.default_rng((config.seed, step, part))
         turn = step * config.accumulate + part
         length = self.window.at(turn)
-        each = self.window.count(config.batch_size, turn)
-        count = each * world
-        start = self.window.start(config.batch_size, turn) * world
-        index = batch_index(len(self.train_set), start, count, config.seed)
-        self.progress.tokens += int(self.train_set.text_length[index].clip(max=length).sum())
+        # Where there are prompts, each is encoded once for several noise levels of its text.
+        draws = config.draws if self.train_set.prompt.shape[1] else 1
+        each = self.window.count(config.batch_size // draws, turn)
+        start = self.window.start(config.batch_size // draws, turn) * world
+        index = batch_index(len(self.train_set), start, each * world, config.seed)
+        self.progress.tokens += draws * int(self.train_set.text_length[index].clip(max=length).sum())
         # Drawn for all processes and then shared out, so that their number changes nothing but the order of sums.
-        t = (np.arange(count) + generator.random(count)) / count
+        rows = len(index) * draws
+        t = (np.arange(rows) + generator.random(rows)) / rows
+        t = t.reshape(draws, -1).T.reshape(-1)  # the levels of one text lie far apart
         self_condition = bool(step >= config.filter_ramp and generator.random() < config.self_condition)
-        batch = self.mixture.apply(self.train_set.batch(index, length), length, generator)
+        batch = self.mixture.apply(self.train_set.batch(index, length, draws), generator)
         noise = generator.standard_normal((*batch.ids.shape, self.denoiser.dim), dtype=np.float32)
-        mine = slice(rank * each, (rank + 1) * each)
+        mine = slice(rank * each * draws, (rank + 1) * each * draws)
         everywhere = int(batch.target().sum())
         batch = batch.take(mine)
         weight = int(batch.target().sum()) / everywhere
@@ -495,10 +503,10 @@ class Trainer:
         eps = torch.from_numpy(noise[mine]).to(self.device)
         with self._autocast():
             if config.objective == "ce":
-                loss = losses.cross_entropy(self.denoiser, batch, gamma, eps, self_condition, self.forward)
+                loss = losses.cross_entropy(self.denoiser, batch, gamma, eps, self_condition, self.network)
             else:
                 density = torch.from_numpy(1 / self.fit.schedule.derivative(t[mine])).float().to(self.device)
-                loss = losses.variational_loss(self.denoiser, batch, gamma, eps, self_condition, density, self.forward)
+                loss = losses.variational_loss(self.denoiser, batch, gamma, eps, self_condition, density, self.network)
         if length == config.max_length:
             # The schedule is fitted to what sampling sees: whole texts.
             self.pending.append((gamma, loss.cross_entropy))
@@ -542,7 +550,7 @@ class Trainer:
 
     def _log(self, tokens_per_second: float) -> None:
         step = self.progress.step
-        values = self._mean_over_processes(torch.stack(self.recent).float()).cpu().numpy()
+        values = self._over_processes(torch.stack(self.recent).float()).cpu().numpy()
         self.recent = []
         bad = np.flatnonzero(~np.isfinite(values))
         if len(bad):
@@ -566,8 +574,8 @@ class Trainer:
         if self.config.tracker:
             self.accelerator.log({k: metrics[k] for k in ("loss", "tokens_per_second", "schedule_mu")}, step=step)
 
-    def _mean_over_processes(self, values: Tensor) -> Tensor:
-        return cast(Tensor, self.accelerator.reduce(values, "mean")) if self.accelerator.num_processes > 1 else values
+    def _over_processes(self, values: Tensor) -> Tensor:
+        return cast(Tensor, self.accelerator.reduce(values)) if self.accelerator.num_processes > 1 else values
 
     def _last_good(self) -> str:
         saved = checkpoint.checkpoints(self.output)
@@ -669,7 +677,7 @@ class Trainer:
 
     def _log_pending(self) -> None:
         """Looks for a bad loss before its weights are saved."""
-        if self.recent and not torch.isfinite(self._mean_over_processes(torch.stack(self.recent))).all():
+        if self.recent and not torch.isfinite(self._over_processes(torch.stack(self.recent))).all():
             self._log(0.0)
 
     def _fit_pending(self) -> None:
@@ -717,27 +725,31 @@ class Trainer:
             )
 
 
-def compiled(model: Callable[..., Tensor], device_type: str, note: Callable[[str], None]) -> Callable[..., Tensor]:
-    """The model under torch.compile; where that can't work, one warning and the model as it is."""
+def can_compile(device_type: str, note: Callable[[str], None]) -> bool:
+    """Whether torch.compile has what it needs; says so once where it hasn't."""
     if device_type == "cpu" and not _has_compiler():
         note("no C++ compiler for torch.compile: training without it, about 1.2 times slower")
-        return model
-    fast = torch.compile(model, dynamic=False)
-    state: dict[str, Callable[..., Tensor]] = {"call": fast}
+        return False
+    return True
 
-    def call(*args: Any, **kwargs: Any) -> Tensor:
+
+def compiled(call: Callable[..., Any], note: Callable[[str], None]) -> Callable[..., Any]:
+    """A pass of the denoiser under torch.compile; where that fails, one warning and the pass as it is."""
+    state: dict[str, Callable[..., Any]] = {"call": torch.compile(call, dynamic=False)}
+
+    def attempt(*args: Any, **kwargs: Any) -> Any:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 return state["call"](*args, **kwargs)
         except Exception as error:
-            if state["call"] is model or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            if state["call"] is call or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise
             note(f"torch.compile failed ({type(error).__name__}): training without it")
-            state["call"] = model
-            return model(*args, **kwargs)
+            state["call"] = call
+            return call(*args, **kwargs)
 
-    return call
+    return attempt
 
 
 def _has_compiler() -> bool:

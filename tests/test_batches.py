@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embdiff.batches import Mixture, Window, batch_index, encode
+from embdiff.batches import Batch, Mixture, Prompts, Window, batch_index, encode
 from embdiff.data import Example
 from embdiff.errors import UserError
 from embdiff.vocabulary import decode
@@ -55,32 +55,39 @@ def test_long_texts_are_truncated_or_dropped_and_counted(tokenizer):
 def test_a_prompt_ends_where_the_text_begins(tokenizer):
     encoded = encode([Example("the cat .", "a dog"), Example("the cat .", "a small dog sees")], tokenizer, 6, 4)
     batch = encoded.batch([0, 1])
-    assert batch.positions[0, :2].tolist() == [-2, -1]
-    assert batch.positions[1].tolist() == [-4, -3, -2, -1, 0, 1, 2, 3, 4, 5]
-    assert batch.present.sum(1).tolist() == [8, 10]
+    assert batch.prompts.positions[0, :2].tolist() == [-2, -1]
+    assert batch.prompts.positions[1].tolist() == [-4, -3, -2, -1]
+    assert batch.prompts.present.sum(1).tolist() == [2, 4]
     assert batch.target().shape == (2, 6)
     assert batch.target().all()
 
 
+def test_several_draws_of_a_text_share_its_prompt(tokenizer):
+    encoded = encode([Example("the cat .", "a dog"), Example("a tree .", "a small dog sees")], tokenizer, 6, 4)
+    batch = encoded.batch([1, 0], draws=3)
+    assert batch.draws == 3
+    assert batch.ids.shape == (6, 6)
+    assert batch.prompts.ids.shape == (2, 4)
+    assert torch.equal(batch.ids[0], batch.ids[2])
+    part = batch.take(slice(3, 6))
+    assert torch.equal(part.ids, batch.ids[3:])
+    assert torch.equal(part.prompts.ids, batch.prompts.ids[1:])
+
+
 @given(st.integers(0, 200), st.booleans())
 def test_the_mixture_leaves_something_to_generate(seed, prompted):
-    from embdiff.batches import Batch
-
-    B, P, L = 16, 3 if prompted else 0, 10
-    ids = torch.zeros(B, P + L, dtype=torch.long)
-    known = torch.arange(P + L).expand(B, -1) < P
-    batch = Batch(ids, ids, known, torch.ones_like(known), P) if prompted else Batch(ids, ids)
-    mixed = Mixture(drop_prompt=0.5, infill=1.0).apply(batch, L, np.random.default_rng(seed))
-    assert mixed.known[:, :P].all()
-    assert (~mixed.known[:, P:]).any(1).all()
-    if prompted:
-        assert mixed.present[:, P:].all()
-        assert (mixed.present[:, :P].all(1) | ~mixed.present[:, :P].any(1)).all()
+    B, P, L = 16, 3, 10
+    ids = torch.zeros(B, L, dtype=torch.long)
+    prompts = Prompts.aligned(torch.zeros(B // 2, P, dtype=torch.long), torch.full((B // 2,), 2)) if prompted else None
+    mixed = Mixture(drop_prompt=0.5, infill=1.0).apply(Batch(ids, prompts=prompts), np.random.default_rng(seed))
+    assert mixed.target().any(1).all()
+    assert (mixed.prompted is not None) == prompted
 
 
 def test_the_mixture_draws_its_shares(tokenizer):
     encoded = encode([Example("the cat .", "a dog")] * 4000, tokenizer, 8, 2)
-    mixed = Mixture(drop_prompt=0.1, infill=0.3).apply(encoded.batch(range(4000)), 8, np.random.default_rng(0))
-    assert (~mixed.present[:, 0]).float().mean().item() == pytest.approx(0.1, abs=0.02)
+    mixed = Mixture(drop_prompt=0.1, infill=0.3).apply(encoded.batch(range(4000)), np.random.default_rng(0))
+    assert (~mixed.prompted).float().mean().item() == pytest.approx(0.1, abs=0.02)
     # A prefix of length 0 gives nothing, so the share with something given is a little below.
-    assert mixed.known[:, 2:].any(1).float().mean().item() == pytest.approx(0.3, abs=0.04)
+    assert mixed.known.any(1).float().mean().item() == pytest.approx(0.3, abs=0.04)
+    assert Mixture(infill=0.0).apply(Batch(mixed.ids), np.random.default_rng(0)).known is None

@@ -6,14 +6,10 @@ import pytest
 import torch
 
 from embdiff import losses
-from embdiff.batches import Batch
+from embdiff.batches import Batch, Prompts
 from embdiff.denoiser import Denoiser
 from embdiff.noise import CosineSchedule, GumbelSchedule
 from tests.conftest import lively
-
-
-def batch_of(ids: torch.Tensor) -> Batch:
-    return Batch(ids, torch.arange(ids.shape[1]).expand_as(ids))
 
 
 class Uniform(Denoiser):
@@ -32,32 +28,53 @@ def test_the_bound_of_the_exact_denoiser_is_the_entropy_of_uniform_tokens():
     model = Uniform(V, dim=24, width=8, depth=1, heads=2, condition_width=8).eval()
     ids = torch.randint(V, (400, L))
     for schedule in (GumbelSchedule.initial(24, V), CosineSchedule(-6, 9)):
-        bound = losses.variational_bound(model, batch_of(ids), schedule, torch.Generator().manual_seed(0), samples=8)
+        bound = losses.variational_bound(model, Batch(ids), schedule, torch.Generator().manual_seed(0), samples=8)
         nats = bound.total / L
         error = nats.std().item() / math.sqrt(len(ids))
         assert nats.mean().item() == pytest.approx(math.log(V), abs=4 * error + 0.02)
 
 
+def small_model() -> Denoiser:
+    return lively(Denoiser(20, dim=16, width=32, depth=2, heads=2, condition_width=16))
+
+
 def test_context_is_neither_noised_nor_charged():
-    V, L = 20, 6
-    model = lively(Denoiser(V, dim=16, width=32, depth=2, heads=2, condition_width=16))
-    ids = torch.randint(V, (3, L), generator=torch.Generator().manual_seed(0))
+    model, L = small_model(), 6
+    ids = torch.randint(20, (3, L), generator=torch.Generator().manual_seed(0))
     known = torch.zeros(3, L, dtype=torch.bool)
     known[:, :4] = True
-    batch = Batch(ids, torch.arange(L).expand(3, L), known)
     x = model.space.embed(ids)
-    z = losses.noisy(x, torch.zeros(3), torch.randn(x.shape), batch)
-    assert torch.equal(z[:, :4], x[:, :4])
-    everything = Batch(ids, batch.positions, torch.ones_like(known))
-    loss = losses.cross_entropy(model, everything, torch.zeros(3), torch.randn(x.shape), True)
-    assert loss.total.item() == 0.0
+    eps = torch.randn(2, *x.shape)
+    eps[1, :, 4:] = eps[0, :, 4:]  # other noise on the context, the same on the target
+    one, two = (losses.cross_entropy(model, Batch(ids, known), torch.zeros(3), e, True).total.item() for e in eps)
+    assert one == pytest.approx(two, rel=1e-6)
+    everything = Batch(ids, torch.ones_like(known))
+    assert losses.cross_entropy(model, everything, torch.zeros(3), eps[0], True).total.item() == 0.0
+
+
+def test_a_prompt_encoded_once_serves_all_draws_and_dropping_it_is_no_prompt():
+    model, L = small_model(), 6
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(20, (2, L), generator=generator)
+    prompts = Prompts.aligned(torch.randint(20, (2, 4), generator=generator), torch.tensor([3, 4]))
+    gamma, eps = torch.randn(4, generator=generator), torch.randn(4, L, 16, generator=generator)
+    twice = Batch(ids.repeat_interleave(2, 0), prompts=prompts)
+    together = losses.cross_entropy(model, twice, gamma, eps, True).cross_entropy
+    for draw in range(2):
+        alone = Batch(ids, prompts=prompts)
+        separate = losses.cross_entropy(model, alone, gamma[draw::2], eps[draw::2], True).cross_entropy
+        assert torch.allclose(together[draw::2], separate, atol=1e-5)
+    hidden = Batch(twice.ids, prompts=prompts, prompted=torch.zeros(4, dtype=torch.bool))
+    without = losses.cross_entropy(model, Batch(twice.ids), gamma, eps, True).cross_entropy
+    assert torch.allclose(losses.cross_entropy(model, hidden, gamma, eps, True).cross_entropy, without, atol=1e-5)
+    assert not torch.allclose(together, without)
 
 
 def test_cross_entropy_is_the_average_over_target_positions():
     V, L = 20, 6
     model = lively(Denoiser(V, dim=16, width=32, depth=2, heads=2, condition_width=16))
     ids = torch.randint(V, (3, L))
-    loss = losses.cross_entropy(model, batch_of(ids), torch.randn(3), torch.randn(3, L, 16), False)
+    loss = losses.cross_entropy(model, Batch(ids), torch.randn(3), torch.randn(3, L, 16), False)
     assert loss.total.item() == pytest.approx(loss.cross_entropy.mean().item(), rel=1e-5)
     assert loss.total.requires_grad
     assert not loss.cross_entropy.requires_grad
@@ -68,7 +85,7 @@ def test_at_high_noise_no_model_knows_more_than_the_prior():
     V = 50
     model = Uniform(V, dim=24, width=8, depth=1, heads=2, condition_width=8).eval()
     ids = torch.randint(V, (64, 4))
-    loss = losses.cross_entropy(model, batch_of(ids), torch.full((64,), 20.0), torch.randn(64, 4, 24), False)
+    loss = losses.cross_entropy(model, Batch(ids), torch.full((64,), 20.0), torch.randn(64, 4, 24), False)
     assert loss.total.item() == pytest.approx(math.log(V), abs=0.01)
 
 
@@ -78,12 +95,12 @@ def test_the_variational_loss_estimates_the_diffusion_term():
     torch.manual_seed(0)
     ids = torch.randint(V, (600, L))
     schedule = GumbelSchedule.initial(16, V)
-    bound = losses.variational_bound(model, batch_of(ids), schedule, torch.Generator().manual_seed(1), samples=4)
+    bound = losses.variational_bound(model, Batch(ids), schedule, torch.Generator().manual_seed(1), samples=4)
     t = (torch.arange(600, dtype=torch.float64) + 0.5) / 600
     gamma = torch.from_numpy(schedule.gamma(t.numpy())).float()
     density = torch.from_numpy(1 / schedule.derivative(t.numpy())).float()
     values = [
-        losses.variational_loss(model, batch_of(ids), gamma, torch.randn(600, L, 16), True, density).total.item()
+        losses.variational_loss(model, Batch(ids), gamma, torch.randn(600, L, 16), True, density).total.item()
         for _ in range(4)
     ]
     assert sum(values) / 4 == pytest.approx(bound.diffusion.mean().item() / L, rel=0.15)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -119,30 +120,22 @@ def test_two_processes_train_like_one_with_twice_the_batch(tmp_path):
     pairs.write_text("\n".join(f"{' '.join(s.split()[:2])}||{s}" for s in sentences(60)))
     common = [str(pairs), "--separator", "||", "--size", "tiny", "--tokenizer", "word", "--min-count", "1"]
     common += ["--max-length", "24", "--max-steps", "4", "--no-compile", "--dtype", "fp32", "--infill", "0.3"]
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "-m"]
     logs = []
     for name, start, batch in (("one", [sys.executable, "-m"], "16"), ("two", launch, "8")):
         command = [*start, "embdiff.cli", "train", *common, "--output", str(tmp_path / name), "--batch-size", batch]
         config = tmp_path / f"{name}.yaml"
         config.write_text("log_every: 1\n")
-        done = subprocess.run([*command, "--config", str(config)], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [*command, "--config", str(config)],
+            env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == 0, done.stderr
         logs.append([json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()])
-    # Each process logs the mean over its own positions, so compare loosely at first and the weights strictly.
-    assert logs[0] == pytest.approx(logs[1], rel=0.05)
-    one, two = (weights(tmp_path / name) for name in ("one", "two"))
-    for name in one:
-        assert torch.allclose(one[name], two[name], atol=1e-4), name
+    assert logs[0] == pytest.approx(logs[1], rel=1e-4)
 
 
 def test_compiling_changes_a_forward_pass_by_rounding_only():
@@ -151,8 +144,25 @@ def test_compiling_changes_a_forward_pass_by_rounding_only():
     model = lively(Denoiser(20, dim=8, width=16, depth=1, heads=2, condition_width=8))
     z, gamma = torch.randn(2, 5, 8), torch.randn(2)
     with torch.no_grad():
-        fast = training.compiled(model, "cpu", pytest.fail)(z, gamma, None, torch.zeros_like(z))
+        fast = training.compiled(model, pytest.fail)(z, gamma, None, torch.zeros_like(z))
         assert torch.allclose(fast, model(z, gamma, None, torch.zeros_like(z)), atol=1e-4)
+
+
+def test_a_pass_that_cannot_be_compiled_runs_as_it_is_after_one_remark(monkeypatch):
+    class BackendError(Exception):
+        __module__ = "torch._dynamo.exc"
+
+    def broken(call, dynamic):
+        def fail(*args):
+            raise BackendError
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", broken)
+    notes: list[str] = []
+    call = training.compiled(lambda x: x + 1, notes.append)
+    assert [call(1), call(2)] == [2, 3]
+    assert len(notes) == 1
 
 
 def test_trackers_that_are_not_there_are_refused(tmp_path):
@@ -164,8 +174,8 @@ def test_trackers_that_are_not_there_are_refused(tmp_path):
 def test_without_a_compiler_there_is_one_remark_and_training_goes_on(monkeypatch):
     monkeypatch.setattr(training, "_has_compiler", lambda: False)
     notes: list[str] = []
-    model = torch.nn.Linear(2, 2)
-    assert training.compiled(model, "cpu", notes.append) is model
+    assert not training.can_compile("cpu", notes.append)
+    assert training.can_compile("cuda", pytest.fail)
     assert len(notes) == 1
     assert "compiler" in notes[0]
 
