@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -234,10 +235,15 @@ class Window:
         return int(steps * self.share + 1e-9)
 
 
+@lru_cache(maxsize=2)
+def _order(size: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    return np.random.default_rng((seed, epoch)).permutation(size)
+
+
 def batch_index(size: int, start: int, count: int, seed: int) -> NDArray[np.int64]:
     """Examples number start .. start + count - 1 of an endless sequence of epochs, each in an order that depends on
     (seed, epoch) alone, so that a resumed run needs no state."""
     wanted = np.arange(start, start + count)
     epochs, within = wanted // size, wanted % size
-    orders = {e: np.random.default_rng((seed, int(e))).permutation(size) for e in np.unique(epochs)}
+    orders = {e: _order(size, seed, int(e)) for e in np.unique(epochs)}
     return np.array([orders[e][i] for e, i in zip(epochs, within, strict=True)])

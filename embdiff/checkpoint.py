@@ -113,8 +113,10 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parame
 def load_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str], tensors: Tensors) -> None:
     """Puts back what `optimizer_tensors` gave."""
     by_name = {name: p for p, name in names.items()}
+    fused = {p for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
     for label, tensor in tensors.items():
         name, key = label.rsplit("/", 1)
         parameter = by_name[name]
-        # AdamW keeps its step count on the host.
-        optimizer.state[parameter][key] = tensor if tensor.ndim == 0 else tensor.to(parameter.device)
+        # AdamW counts its steps on the host, unless it is fused.
+        on_host = key == "step" and parameter not in fused
+        optimizer.state[parameter][key] = tensor if on_host else tensor.to(parameter.device)

@@ -1,7 +1,9 @@
 """Reading examples from files, folders, the hub or the built-in corpus, and splitting them in two.
 
-An example is a text, with or without the prompt that it answers. A corpus is two lists of examples that
-share neither a prompt nor a text, so that scores on the validation side are never scores on memory.
+An example is a text, with or without the prompt that it answers. A corpus is two lists of examples. Where
+embdiff splits them they share neither a prompt nor a text, so that scores on the validation side are never
+scores on memory; validation data that you name yourself is kept whole, and only its exact pairs are dropped
+from training.
 """
 
 from __future__ import annotations
@@ -284,6 +286,8 @@ def _cell(where: str, row: Mapping[str, object], column: str) -> str | None:
     if value is not None and not isinstance(value, str):
         kind = type(value).__name__
         raise UserError(f"{where}: column {column!r} has {kind}, not text; choose among {_names(row)}")
+    if value is not None and not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+        raise UserError(f"{where}: column {column!r} has half a character (a lone surrogate); repair the text")
     return value
 
 

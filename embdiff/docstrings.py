@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import sys
 import sysconfig
 import tempfile
@@ -124,7 +125,14 @@ def _start_pool(cores: int) -> multiprocessing.pool.Pool:
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        return context.Pool(cores, initializer=gc.disable)
+        return context.Pool(cores, initializer=_prepare_worker)
+
+
+def _prepare_worker() -> None:
+    gc.disable()
+    # A caller's own handlers would be inherited: the pool ends its workers with SIGTERM, and Ctrl-C is the caller's.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _with_bar(results: Iterable[list[Pair]], total: int, progress: bool) -> Iterator[list[Pair]]:

@@ -266,8 +266,10 @@ class GumbelFit:
 
     def update(self, gamma: ArrayLike, cross_entropy: ArrayLike) -> None:
         """Takes one batch of (gamma, cross-entropy) pairs, both [n]."""
-        index = np.clip(np.searchsorted(self.edges, np.asarray(gamma)) - 1, 0, self.bins - 1)
-        ce = np.asarray(cross_entropy, dtype=np.float64)
+        gamma, ce = np.asarray(gamma, dtype=np.float64), np.asarray(cross_entropy, dtype=np.float64)
+        finite = np.isfinite(ce)  # a run that has failed is told so by its loss, not here
+        gamma, ce = gamma[finite], ce[finite]
+        index = np.clip(np.searchsorted(self.edges, gamma) - 1, 0, self.bins - 1)
         self.weight = self.forget * self.weight + np.bincount(index, minlength=self.bins)
         self.total = self.forget * self.total + np.bincount(index, weights=ce, minlength=self.bins)
 
@@ -294,12 +296,6 @@ class GumbelFit:
         mu, log_beta, self.h_inf = (float(v) for v in least_squares(residual, start, bounds=(lower, upper)).x)
         self.schedule = GumbelSchedule(self.schedule.gamma_min, self.schedule.gamma_max, mu, math.exp(log_beta))
         return self.schedule
-
-    def curve(self) -> tuple[Array, Array]:
-        """(gamma, mean cross-entropy) of the bins that have been seen, for a picture."""
-        seen = self.weight > 0
-        centre = 0.5 * (self.edges[:-1] + self.edges[1:])
-        return centre[seen], self.total[seen] / self.weight[seen]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything `load_state_dict` needs, JSON-able and exact."""

@@ -139,7 +139,7 @@ def fast_dtype(device_type: str) -> torch.dtype:
     several times slower than fp32. No flag tells for every architecture, so a 10 ms measurement does.
     """
     if device_type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if device_type != "cpu":
         return torch.float32
     return torch.bfloat16 if _matmul_time(torch.bfloat16) < 0.8 * _matmul_time(torch.float32) else torch.float32

@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from embdiff import ops
-
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is orthogonalised (Jordan et al. 2024), scaled to the size of an AdamW update.
@@ -25,6 +23,7 @@ class Muon(torch.optim.Optimizer):
     Args:
         params: matrices only.
         lr: learning rate. momentum: of the Nesterov average. weight_decay: decoupled.
+        dtype: of the orthogonalisation; bf16 is precise enough where the device has it.
     """
 
     def __init__(
@@ -33,7 +32,9 @@ class Muon(torch.optim.Optimizer):
         lr: float = 2e-3,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
+        self.dtype = dtype
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -60,11 +61,11 @@ class Muon(torch.optim.Optimizer):
             directions.append(p.grad.lerp(average, momentum))
         rows, columns = params[0].shape
         scale = 0.2 * max(rows, columns) ** 0.5
-        for p, direction in zip(params, orthogonalise(torch.stack(directions)), strict=True):
+        for p, direction in zip(params, orthogonalise(torch.stack(directions), self.dtype), strict=True):
             p.mul_(1 - lr * weight_decay).add_(direction, alpha=-lr * scale)
 
 
-def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
+def orthogonalise(matrices: Tensor, dtype: torch.dtype = torch.float32, steps: int = 5) -> Tensor:
     """The nearest semi-orthogonal matrices to `matrices` [n, rows, columns], roughly: singular values in [0.7, 1.2].
 
     Five rounds of a quintic Newton-Schulz iteration whose coefficients trade precision for slope at 0 (Jordan et al.).
@@ -72,7 +73,7 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
-    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(ops.fast_dtype(x.device.type))
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x

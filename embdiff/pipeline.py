@@ -45,7 +45,6 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         scheduler: any `EmbeddingScheduler`; assign another one to `pipe.scheduler` at any time.
     """
 
-    model_cpu_offload_seq = "denoiser"
     denoiser: Denoiser
     tokenizer: PreTrainedTokenizerBase
     scheduler: EmbeddingScheduler
@@ -100,7 +99,14 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         Raises:
             UserError: for arguments out of range.
         """
-        prompts = [None] if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts: list[str | None] = [prompt] if prompt is None or isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            raise UserError("the list of prompts is empty: give one or more, or None")
+        if not isinstance(self.scheduler, EmbeddingScheduler):
+            raise UserError(
+                f"scheduler {type(self.scheduler).__name__} is none of embdiff's: assign one of embdiff.schedulers, "
+                "made with from_config(pipe.scheduler.config)"
+            )
         length = self._length(max_length)
         if num_samples < 1:
             raise UserError(f"num_samples {num_samples} is too few: ask for at least 1")
@@ -167,10 +173,10 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         return torch.cat([torch.rand(1, generator=g, device=g.device) for g in generators]).to(self.device)
 
     def _contexts(
-        self, prompts: list[str] | list[None], negative: str | Sequence[str] | None, num_samples: int
+        self, prompts: list[str | None], negative: str | Sequence[str] | None, num_samples: int
     ) -> tuple[Context | None, Context | None]:
         """The encoded prompts and negative prompts, each repeated for its samples; (None, None) without a prompt."""
-        if prompts[0] is None and negative is None:
+        if all(p is None for p in prompts) and negative is None:
             return None, None
         limit = int(self.denoiser.config.max_prompt_length)
         if limit == 0:
@@ -233,6 +239,7 @@ class Predictor:
         (mean, other_mean), (kept, other_kept) = (part.chunk(2) for part in self._posterior(twice))
         for module in means:
             mean, kept = module.combine(mean, other_mean), module.combine(kept, other_kept).clamp(0.0, 1.0)
+            kept = kept / kept.sum(-1, keepdim=True).clamp(min=1.0)
         return self._x0(ops.Posterior(mean, kept))
 
     def _features(self, z: Tensor, gamma: float, context: Context | None, self_cond: Tensor) -> Tensor:

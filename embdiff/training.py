@@ -19,7 +19,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -99,32 +99,23 @@ class TrainConfig:
     tracker: str | None = None
 
     def __post_init__(self) -> None:
-        choices = {
-            "size": tuple(SIZES),
-            "optimizer": ("muon", "adamw"),
-            "objective": ("ce", "vlb"),
-            "dtype": ("auto", "bf16", "fp32"),
-            "on_long": ("truncate", "drop"),
-        }
-        for name, allowed in choices.items():
+        for f in fields(self):
+            object.__setattr__(self, f.name, _typed(f.name, str(f.type), getattr(self, f.name)))
+        for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name} {getattr(self, name)!r} is unknown: choose one of {', '.join(allowed)}")
-        for name in ("batch_size", "accumulate", "draws", "save_every", "keep", "validate_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} {getattr(self, name)} is too small: give at least 1")
-        if self.batch_size % self.draws:
-            raise UserError(f"batch_size {self.batch_size} is no multiple of draws {self.draws}: choose one that is")
+        for name, lowest in LOWEST.items():
+            if getattr(self, name) < lowest:
+                raise UserError(f"{name} {getattr(self, name)} is too small: give at least {lowest}")
         for name in ("self_condition", "drop_prompt", "infill", "window", "decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} {getattr(self, name)} is out of range: give a share between 0 and 1")
-        for name in ("lr", "matrix_lr", "embedding_lr", "clip"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise UserError(f"{name} {getattr(self, name)} is out of range: give a number above 0")
+        for name in ("lr", "matrix_lr", "embedding_lr", "clip", "max_steps", "max_time"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise UserError(f"{name} {value} is out of range: give a number above 0")
         if not 0 <= self.ema < 1:
             raise UserError(f"ema {self.ema} is out of range: give a decay from 0 (off) to below 1")
-        for name in ("max_steps", "max_time"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise UserError(f"{name} {getattr(self, name)} is out of range: give a number above 0")
 
     @property
     def steps(self) -> int | None:
@@ -132,8 +123,42 @@ class TrainConfig:
         return 10_000 if self.max_steps is None and self.max_time is None else self.max_steps
 
     def save(self, folder: Path) -> None:
-        """Writes DIR/run.yaml."""
-        (folder / "run.yaml").write_text(yaml.safe_dump(asdict(self), sort_keys=False))
+        """Writes DIR/run.yaml, whole or not at all."""
+        fresh = folder / ".run.yaml.tmp"
+        fresh.write_text(yaml.safe_dump(asdict(self), sort_keys=False))
+        fresh.replace(folder / "run.yaml")
+
+
+CHOICES = {
+    "size": tuple(SIZES),
+    "optimizer": ("muon", "adamw"),
+    "objective": ("ce", "vlb"),
+    "dtype": ("auto", "bf16", "fp32"),
+    "on_long": ("truncate", "drop"),
+}
+LOWEST = {
+    "max_length": 2, "max_prompt_length": 1, "batch_size": 1, "accumulate": 1, "draws": 1, "save_every": 1, "keep": 1,
+    "validate_every": 1, "log_every": 1, "seed": 0, "warmup": 0, "filter_ramp": 0, "previews": 0, "weight_decay": 0,
+}  # fmt: skip
+# What decides the weights of a run beside data and model: a resumed run must have the same.
+DECISIVE = (
+    "optimizer", "objective", "seed", "batch_size", "accumulate", "draws", "window", "self_condition", "drop_prompt",
+    "infill", "filter_ramp",
+)  # fmt: skip
+
+
+def _typed(name: str, annotation: str, value: Any) -> Any:
+    """The value as the type that the option has; YAML reads 1e-3 as a string."""
+    if value is None and "None" in annotation:
+        return None
+    kind = {"int": int, "float": float, "str": str, "bool": bool}[annotation.removesuffix(" | None")]
+    try:
+        converted = value if kind is bool or isinstance(value, bool) else kind(value)
+        if type(converted) is not kind or (kind is int and float(value) != converted):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise UserError(f"{name} {value!r} is not of the right kind: it takes {kind.__name__}") from None
+    return converted
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -196,7 +221,6 @@ class Progress:
     step: int = 0
     seconds: float = 0.0
     tokens: int = 0
-    losses: list[tuple[int, float]] = field(default_factory=list)
 
 
 def train(
@@ -270,13 +294,13 @@ def check_output(output: Path, resume: bool, overwrite: bool) -> None:
 
 
 def clear_output(output: Path) -> None:
-    """An empty folder where an earlier run, or nothing, was."""
+    """An empty folder where an earlier run, or nothing, was. The folder itself may be a link or a mount: it stays."""
     try:
-        if output.exists():
-            shutil.rmtree(output)
-        output.mkdir(parents=True)
+        output.mkdir(parents=True, exist_ok=True)
+        for path in output.iterdir():
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     except OSError as error:
-        raise UserError(f"cannot make output folder {output}: {error.strerror}") from error
+        raise UserError(f"cannot make output folder {output}: {error.strerror or error}") from error
 
 
 class Trainer:
@@ -301,6 +325,7 @@ class Trainer:
         self.mixture = Mixture(config.drop_prompt, config.infill)
         self.window = Window.fitting(self.train_set, config.window)
         self.denoiser = self._new_denoiser().to(self.device)
+        self.dtype = self._dtype(resume)
         self.names = {p: name for name, p in self.denoiser.named_parameters()}
         self.optimizers = self._new_optimizers()
         self.ema = {name: p.detach().clone() for name, p in self.denoiser.named_parameters()}
@@ -308,24 +333,34 @@ class Trainer:
         self.progress = Progress()
         self.pending: list[tuple[Tensor, Tensor]] = []
         self.recent: list[Tensor] = []
-        dtype = config.dtype if config.dtype != "auto" else self._fast_dtype()
-        self.autocast_dtype = torch.bfloat16 if dtype == "bf16" else None
         if resume:
             self._load()
+        self._set_ramp()
         if self.accelerator.is_main_process:
             if not resume:
                 clear_output(output)
             config.save(output)
             if not (output / "tokenizer").exists():
-                self.tokenizer.save_pretrained(output / "tokenizer")
+                checkpoint.save_folder(output / "tokenizer", self.tokenizer.save_pretrained)
         if config.tracker:
             self.accelerator.init_trackers("embdiff", {k: v for k, v in asdict(config).items() if v is not None})
         self.network = self._network()
 
     # ---------------------------------------------------------------------------------------- construction
 
-    def _fast_dtype(self) -> str:
-        return "bf16" if ops.fast_dtype(self.device.type) is torch.bfloat16 else "fp32"
+    def _dtype(self, resume: bool) -> torch.dtype:
+        """Measured once in a run, by one process, for a second measurement might end the other way."""
+        from accelerate.utils import broadcast_object_list
+
+        choice = [self.config.dtype]
+        saved = checkpoint.checkpoints(self.output) if resume else []
+        if choice == ["auto"] and saved:
+            choice = [checkpoint.read_state(saved[-1]).get("dtype", "auto")]
+        if choice == ["auto"]:
+            choice = ["bf16" if ops.fast_dtype(self.device.type) is torch.bfloat16 else "fp32"]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(choice)
+        return torch.bfloat16 if choice == ["bf16"] else torch.float32
 
     def _tokenizer(self, resume: bool) -> Any:
         saved = self.output / "tokenizer"
@@ -382,7 +417,7 @@ class Trainer:
         ]
         optimizers: list[torch.optim.Optimizer] = []
         if config.optimizer == "muon":
-            optimizers.append(Muon(matrices, lr=config.matrix_lr, weight_decay=config.weight_decay))
+            optimizers.append(Muon(matrices, config.matrix_lr, weight_decay=config.weight_decay, dtype=self.dtype))
         else:
             groups.append({"params": matrices, "lr": config.lr})
         fused = self.device.type == "cuda"
@@ -402,7 +437,8 @@ class Trainer:
         own = losses.Network(self.denoiser, self.denoiser.encode_context)
         if not wanted or not can_compile(self.device.type, self.reporter.note):
             return own
-        return losses.Network(*(compiled(call, self.reporter.note) for call in own))
+        note = once(self.reporter.note)
+        return losses.Network(*(compiled(call, note) for call in own))
 
     # ------------------------------------------------------------------------------------------- the loop
 
@@ -452,7 +488,6 @@ class Trainer:
     def _step(self) -> None:
         step, config = self.progress.step, self.config
         self._set_learning_rates()
-        self.denoiser.filter_ramp.fill_(min(1.0, step / config.filter_ramp) if config.filter_ramp else 1.0)
         for part in range(config.accumulate):
             loss, weight = self._loss(step, part)
             torch.autograd.backward(loss * weight / config.accumulate)
@@ -464,8 +499,14 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         self._update_ema()
         self.progress.step += 1
+        self._set_ramp()
         if self.progress.step % 25 == 0:
             self._fit_schedule()
+
+    def _set_ramp(self) -> None:
+        """How much of the matched filter is in: a function of the step, so that a resumed run needs no state for it."""
+        ramp = self.config.filter_ramp
+        self.denoiser.filter_ramp.fill_(min(1.0, self.progress.step / ramp) if ramp else 1.0)
 
     def _share_gradients(self) -> None:
         """Sums gradients over processes; not through DDP, since head and embeddings are used outside of forward."""
@@ -482,7 +523,7 @@ class Trainer:
         turn = step * config.accumulate + part
         length = self.window.at(turn)
         # Where there are prompts, each is encoded once for several noise levels of its text.
-        draws = config.draws if self.train_set.prompt.shape[1] else 1
+        draws = math.gcd(config.draws, config.batch_size) if self.train_set.prompt.shape[1] else 1
         each = self.window.count(config.batch_size // draws, turn)
         start = self.window.start(config.batch_size // draws, turn) * world
         index = batch_index(len(self.train_set), start, each * world, config.seed)
@@ -513,9 +554,9 @@ class Trainer:
         return loss.total, weight
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.autocast_dtype is None:
+        if self.dtype is torch.float32:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.autocast_dtype)
+        return torch.autocast(self.device.type, self.dtype)
 
     def _set_learning_rates(self) -> None:
         """Linear warm-up, then constant, then linear to zero over the last `decay` of the run."""
@@ -557,7 +598,6 @@ class Trainer:
             first = step - (len(values) - int(bad[0]) - 1) // self.config.accumulate
             raise UserError(f"the loss is {values[bad[0]]} at step {first}: {self._last_good()}; try a lower --lr")
         loss, share = float(values.mean()), self._share()
-        self.progress.losses.append((step, loss))
         metrics = {
             "step": step,
             "loss": loss,
@@ -583,20 +623,19 @@ class Trainer:
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[Denoiser]:
-        """The denoiser with its averaged weights and the whole matched filter."""
-        ramp = self.denoiser.filter_ramp.clone()
+        """The denoiser with its averaged weights."""
         trained = {name: p.detach().clone() for p, name in self.names.items()}
-        with torch.no_grad():
-            for p, name in self.names.items():
-                p.copy_(self.ema[name])
         try:
+            self._put(self.ema)
             yield self.denoiser.eval()
         finally:
-            with torch.no_grad():
-                for p, name in self.names.items():
-                    p.copy_(trained[name])
-                self.denoiser.filter_ramp.copy_(ramp)
+            self._put(trained)
             self.denoiser.train()
+
+    @torch.no_grad()
+    def _put(self, weights: dict[str, Tensor]) -> None:
+        for p, name in self.names.items():
+            p.copy_(weights[name])
 
     def _validate(self) -> None:
         if not self.accelerator.is_main_process:
@@ -653,17 +692,29 @@ class Trainer:
             "vocabulary": vocabulary.fingerprint(self.tokenizer),
             "examples": len(self.train_set),
             "model": {k: v for k, v in dict(self.denoiser.config).items() if not k.startswith("_")},
+            "options": {name: getattr(self.config, name) for name in DECISIVE},
         }
+
+    def _trim_log(self) -> None:
+        """Drops what was logged after the checkpoint: those steps come again."""
+        log = self.output / "log.jsonl"
+        if self.accelerator.is_main_process and log.exists():
+            lines = [x for x in log.read_text().splitlines(keepends=True) if x.endswith("}\n")]
+            log.write_text("".join(x for x in lines if json.loads(x)["step"] <= self.progress.step))
 
     def _save(self) -> None:
         self._log_pending()
+        if not all(bool(torch.isfinite(p).all()) for p in self.names):
+            raise UserError(
+                f"weights are not finite at step {self.progress.step}: {self._last_good()}; try a lower --lr"
+            )
         self._fit_pending()
         if self.accelerator.is_main_process:
             state = {
                 "step": self.progress.step,
                 "seconds": self.progress.seconds,
                 "tokens": self.progress.tokens,
-                "losses": self.progress.losses,
+                "dtype": "bf16" if self.dtype is torch.bfloat16 else "fp32",
                 "schedule": self.fit.state_dict(),
                 "fingerprint": self._fingerprint(),
             }
@@ -702,8 +753,8 @@ class Trainer:
             tensors = checkpoint.read_tensors(folder / f"optimizer-{i}.safetensors")
             checkpoint.load_optimizer(optimizer, self.names, tensors)
         self.fit.load_state_dict(state["schedule"])
-        losses_so_far = [(int(s), float(v)) for s, v in state["losses"]]
-        self.progress = Progress(state["step"], state["seconds"], state["tokens"], losses_so_far)
+        self.progress = Progress(state["step"], state["seconds"], state["tokens"])
+        self._trim_log()
         self.reporter.note(f"resuming at step {self.progress.step}")
 
     def _check(self, folder: Path, state: dict[str, Any]) -> None:
@@ -719,10 +770,26 @@ class Trainer:
                 f"the data has {now['examples']} examples, the run in {folder} had {then.get('examples')}: "
                 "resume with the data that it was started with"
             )
+        for name, value in now["options"].items():
+            before = then.get("options", {}).get(name, value)
+            if value != before:
+                raise UserError(f"{name} is {value}, the run in {folder} had {before}: resume without changing it")
         if now["model"] != then.get("model"):
             raise UserError(
                 f"the model's shape is not the one of {folder}: resume with the options it was started with"
             )
+
+
+def once(say: Callable[[str], None]) -> Callable[[str], None]:
+    """Says the first thing that it is told, and nothing after."""
+    said: list[str] = []
+
+    def note(text: str) -> None:
+        if not said:
+            said.append(text)
+            say(text)
+
+    return note
 
 
 def can_compile(device_type: str, note: Callable[[str], None]) -> bool:

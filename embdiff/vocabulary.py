@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import nullcontext
 from hashlib import blake2b
 from itertools import chain, takewhile
 from pathlib import Path
@@ -91,7 +92,7 @@ def load(name_or_path: str) -> PreTrainedTokenizerBase:
     if not path.exists() and looks_like_path(name_or_path):
         raise UserError(f"no such tokenizer folder: {name_or_path!r}; check the path, or use 'bpe' or 'word'")
     try:
-        with hub_access():
+        with nullcontext() if path.exists() else hub_access():
             # Without remote code, and without the question whether to trust it.
             name = str(path) if path.exists() else name_or_path
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -104,6 +105,9 @@ def load(name_or_path: str) -> PreTrainedTokenizerBase:
     needed = ("pad_token", "eos_token")
     if missing := {role: SPECIALS[role] for role in needed if getattr(tokenizer, role) is None}:
         tokenizer.add_special_tokens(missing)
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        # The end of a text and what follows it are two things to predict.
+        tokenizer.add_special_tokens({"pad_token": SPECIALS["pad_token"]})
     return tokenizer
 
 

@@ -187,3 +187,15 @@ def test_signatures_are_short_single_lines(names: list[str]) -> None:
     assert line.startswith("def f(")
     assert line.endswith(")")
     assert ("..." in line) == (len(f"def f({arguments})") > 120)
+
+
+def test_the_build_ends_under_a_callers_signal_handlers(tmp_path, monkeypatch):
+    """Forked workers inherit handlers; one that ignores SIGTERM would keep the pool from closing."""
+    from embdiff.cli.train import StopSignal
+
+    for k in range(300):
+        (tmp_path / f"m{k}.py").write_text(f'def f{k}(a):\n    """Return the number {k} of this file."""\n')
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    with StopSignal():
+        for _ in range(5):
+            assert len(docstrings.build([tmp_path], progress=False, refresh=True)) == 300

@@ -77,8 +77,12 @@ def test_attention_equals_its_reference(length, keys, seed):
         assert torch.allclose(ops.attention(q, k, v, m), ops.attention_reference(q, k, v, m), atol=1e-5)
 
 
-def test_the_fast_dtype_is_one_of_two():
-    assert ops.fast_dtype("cpu") in (torch.float32, torch.bfloat16)
+@pytest.mark.parametrize(("slow", "fast"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_the_fast_dtype_is_the_one_that_multiplies_faster(monkeypatch, slow, fast):
+    monkeypatch.setattr(ops, "_matmul_time", {slow: 5.0, fast: 1.0}.get)
+    ops.fast_dtype.cache_clear()
+    assert ops.fast_dtype("cpu") is fast
+    ops.fast_dtype.cache_clear()
 
 
 @given(st.integers(1, 200), st.integers(1, 64), st.integers(0, 99))

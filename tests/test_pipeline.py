@@ -119,11 +119,20 @@ def test_saving_and_loading_keep_every_bit(pipe, tmp_path):
         ({"output_type": "image"}, "output_type"),
         ({"generator": [torch.Generator()] * 3}, "generators"),
         ({"prompt": ["a", "the"], "negative_prompt": ["a"]}, "negative"),
+        ({"prompt": []}, "empty"),
     ],
 )
 def test_bad_arguments_are_named(pipe, options, cause):
     with pytest.raises(UserError, match=cause):
         pipe(**options)
+
+
+def test_a_scheduler_of_another_kind_is_refused_with_the_reason(pipe):
+    from diffusers import DDIMScheduler as Foreign
+
+    pipe.scheduler = Foreign()
+    with pytest.raises(UserError, match="none of embdiff's"):
+        pipe()
 
 
 def test_foreign_and_damaged_folders_are_refused(pipe, tmp_path):

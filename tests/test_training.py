@@ -119,19 +119,20 @@ def test_two_processes_train_like_one_with_twice_the_batch(tmp_path):
     pairs = tmp_path / "pairs.txt"
     pairs.write_text("\n".join(f"{' '.join(s.split()[:2])}||{s}" for s in sentences(60)))
     common = [str(pairs), "--separator", "||", "--size", "tiny", "--tokenizer", "word", "--min-count", "1"]
-    common += ["--max-length", "24", "--max-steps", "4", "--no-compile", "--dtype", "fp32", "--infill", "0.3"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "-m"]
+    common += ["--max-length", "24", "--max-steps", "8", "--no-compile", "--dtype", "fp32", "--infill", "0.3"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
     logs = []
     for name, start, batch in (("one", [sys.executable, "-m"], "16"), ("two", launch, "8")):
         command = [*start, "embdiff.cli", "train", *common, "--output", str(tmp_path / name), "--batch-size", batch]
         config = tmp_path / f"{name}.yaml"
-        config.write_text("log_every: 1\n")
+        config.write_text("log_every: 1\nwarmup: 1\n")
         done = subprocess.run(
             [*command, "--config", str(config)],
             env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
             check=False,
+            timeout=300,
         )
         assert done.returncode == 0, done.stderr
         logs.append([json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()])
@@ -195,6 +196,31 @@ def test_nan_stops_with_its_step_and_keeps_the_last_checkpoint(tmp_path, monkeyp
     assert [p.name for p in checkpoint.checkpoints(tmp_path / "run")] == ["step-00000004"]
 
 
+def test_nan_is_told_by_its_step_also_where_the_schedule_is_refitted(tmp_path, monkeypatch):
+    original = training.losses.cross_entropy
+    calls = iter(range(1, 100))
+
+    def poisoned(*args):
+        loss = original(*args)
+        bad = next(calls) >= 23
+        return loss._replace(total=loss.total * math.nan, cross_entropy=loss.cross_entropy * math.nan) if bad else loss
+
+    monkeypatch.setattr(training.losses, "cross_entropy", poisoned)
+    with pytest.raises(UserError, match="nan at step 23"):
+        train(small(max_steps=60), tmp_path / "run", corpus=corpus())
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
+    def poison(parameters, limit):
+        for p in parameters:
+            p.grad = torch.full_like(p, math.nan)
+
+    monkeypatch.setattr(training, "clip_grad_norm_", poison)
+    with pytest.raises(UserError, match="not finite at step 2"):
+        train(SMALL, tmp_path / "run", corpus=corpus())
+    assert not checkpoint.checkpoints(tmp_path / "run")
+
+
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     original = checkpoint.write_tensors
     calls = iter(range(1, 100))
@@ -241,6 +267,8 @@ def test_resuming_refuses_another_vocabulary_data_or_shape(stopped, tmp_path):
         train(SMALL, stopped, corpus=corpus(count=50), resume=True)
     with pytest.raises(UserError, match="shape"):
         train(small(size="mini"), stopped, corpus=corpus(), resume=True)
+    with pytest.raises(UserError, match="optimizer is adamw"):
+        train(small(optimizer="adamw"), stopped, corpus=corpus(), resume=True)
     from embdiff.vocabulary import train_word
 
     shutil.rmtree(stopped / "tokenizer")
@@ -281,6 +309,18 @@ def test_nothing_to_resume_is_said(tmp_path):
 def test_options_out_of_range_are_refused(option, value):
     with pytest.raises(UserError, match=option):
         small(**{option: value})
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("seed", -1), ("max_length", "many"), ("max_steps", 2.5), ("compile", "si")]
+)
+def test_options_of_the_wrong_kind_are_refused(option, value):
+    with pytest.raises(UserError, match=option):
+        small(**{option: value})
+
+
+def test_yaml_numbers_become_numbers():
+    assert small(lr="1e-3", max_length="32").lr == 1e-3
 
 
 def test_config_files_are_read_and_checked(tmp_path):

@@ -35,8 +35,7 @@ def quickstart(
     from embdiff.data import load_corpus
 
     training.check_output(output, resume=False, overwrite=overwrite)
-    stop = StopSignal()
-    with stop, Display() as display:
+    with StopSignal() as stop, Display() as display, stop.reported(display, output):
         display.note("building the corpus from the Python packages on this machine")
         corpus = load_corpus("docstrings")
         display.note(f"{len(corpus.train) + len(corpus.valid):,} pairs (signature -> first sentence of the docstring)")
@@ -46,11 +45,7 @@ def quickstart(
                 f"--max-time {max_time} leaves no time to train: {duration(total - remaining + 5)} would do"
             )
         config = recipe(remaining, seed)
-        try:
-            training.train(config, output, overwrite=overwrite, corpus=corpus, reporter=display, should_stop=stop)
-        except training.Stopped:
-            display.note(f"stopped and saved in {output}; start again with: embdiff quickstart --overwrite")
-            raise typer.Exit(128 + stop.number) from None
+        training.train(config, output, overwrite=overwrite, corpus=corpus, reporter=display, should_stop=stop)
     show_samples(output, held_out(corpus, 4), seed)
     picture = draw(output)
     typer.echo(f"\nDone in {duration(time.monotonic() - started)}. The loss and the learned noise schedule: {picture}")

@@ -71,7 +71,7 @@ def sample(
 
     [bold]embdiff sample runs/docstrings --prompt "def mean(values)" --cfg-scale 2 -n 5[/bold]
     """
-    check(num_samples, steps, cfg_scale, batch_size, temperature)
+    check(num_samples, steps, cfg_scale, batch_size, temperature, seed)
     if prompt is not None and prompts is not None:
         raise UserError("both --prompt and --prompts are given: choose one")
     sources: list[str | None] = [prompt] if prompts is None else list(read_prompts(prompts))
@@ -108,11 +108,13 @@ def sample(
     write(records(), len(jobs), done, output, as_json)
 
 
-def check(num_samples: int, steps: int, cfg_scale: float, batch_size: int, temperature: float) -> None:
+def check(num_samples: int, steps: int, cfg_scale: float, batch_size: int, temperature: float, seed: int) -> None:
     """Refuses numbers out of range before anything is loaded."""
     for name, value in (("--num-samples", num_samples), ("--steps", steps), ("--batch-size", batch_size)):
         if value < 1:
             raise UserError(f"{name} {value} is too small: give at least 1")
+    if not 0 <= seed < 2**62:
+        raise UserError(f"--seed {seed} is out of range: give 0 to {2**62 - 1}")
     if not math.isfinite(cfg_scale):
         raise UserError(f"--cfg-scale {cfg_scale} is not a finite number: 1 is off, 1.5 to 3 are usual")
     if not (math.isfinite(temperature) and temperature > 0):
@@ -135,7 +137,7 @@ def draw(pipe: TextDiffusionPipeline, jobs: list[Job], options: dict[str, Any]) 
     import torch
 
     prompts = None if jobs[0].prompt is None else [j.prompt or "" for j in jobs]
-    negative = None if jobs[0].negative is None else [j.negative or "" for j in jobs]
+    negative = jobs[0].negative
     generators = [torch.Generator().manual_seed(j.seed) for j in jobs]
     count = len(jobs) if prompts is None else 1
     result: Any = pipe(prompts, negative_prompt=negative, num_samples=count, generator=generators, **options)

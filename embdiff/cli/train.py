@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -90,25 +92,42 @@ def run(options: dict[str, Any], config_file: Path | None, output: Path, resume:
     except TypeError as error:
         raise UserError(f"an option has a value of the wrong type: {error}") from error
 
-    stop = StopSignal()
-    with stop, Display() as display:
-        try:
-            training.train(config, output, resume=resume, overwrite=overwrite, reporter=display, should_stop=stop)
-        except training.Stopped:
-            display.note(f"stopped and saved; continue with: embdiff train --output {output} --resume")
-            raise typer.Exit(128 + stop.number) from None
+    with StopSignal() as stop, Display() as display, stop.reported(display, output):
+        training.train(config, output, resume=resume, overwrite=overwrite, reporter=display, should_stop=stop)
     display.note(f"model written to {output}")
     display.note(f"sample from it with: embdiff sample {output} --num-samples 5")
 
 
 class StopSignal:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step; a second Ctrl-C stops at once."""
+    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step.
+
+    Before the first step is done there is nothing to save, and then, or the second time, it stops at once.
+    """
 
     def __init__(self) -> None:
         self.number = 0
+        self.asked = False
 
     def __call__(self) -> bool:
+        self.asked = True
         return self.number != 0
+
+    @contextmanager
+    def reported(self, display: Display, output: Path) -> Iterator[None]:
+        """Says what was saved and how to go on, and leaves with the exit code of the signal."""
+        from embdiff.training import Stopped
+
+        try:
+            yield
+        except Stopped:
+            display.note(f"stopped and saved; continue with: embdiff train --output {output} --resume")
+            raise typer.Exit(128 + self.number) from None
+        except KeyboardInterrupt:
+            resume = (
+                f"; continue with: embdiff train --output {output} --resume" if (output / "run.yaml").exists() else ""
+            )
+            display.note(f"stopped at once, nothing new was saved{resume}")
+            raise typer.Exit(128 + self.number) from None
 
     def __enter__(self) -> StopSignal:
         self._previous = {n: signal.signal(n, self._handle) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -119,9 +138,10 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.number and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        again = self.number != 0
         self.number = number
+        if again or not self.asked:
+            raise KeyboardInterrupt
 
 
 class Display:

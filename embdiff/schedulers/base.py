@@ -97,6 +97,7 @@ class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if num_inference_steps < 1:
             raise UserError(f"steps must be at least 1, got {num_inference_steps}")
         self.num_inference_steps = int(num_inference_steps)
+        self._begin_index = None
         self._set_levels(self.num_inference_steps, device)
 
     def _set_levels(self, n: int, device: str | torch.device | None = None) -> None:
@@ -159,7 +160,7 @@ class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def gamma_of(self, timesteps: float | Tensor) -> Tensor:
         """gamma of any timesteps in [0, num_train_timesteps], on the schedule or off it, fp32."""
         times = torch.as_tensor(timesteps)
-        t = times.detach().double().cpu().numpy() / self.config.num_train_timesteps
+        t = times.detach().cpu().double().numpy() / self.config.num_train_timesteps
         return torch.tensor(self.noise_schedule.gamma(t), dtype=torch.float32, device=times.device)
 
     def index_for_timestep(self, timestep: float | Tensor) -> int:

@@ -191,6 +191,7 @@ def test_a_config_file_is_overridden_by_the_command_line(pairs, tmp_path):
         (["--batch-size", "0"], "--batch-size"),
         (["--scheduler", "euler"], "euler"),
         (["--device", "abacus"], "abacus"),
+        (["--seed", "-1"], "--seed"),
         (["--dtype", "int3"], "int3"),
         (["--max-length", "500"], "500"),
         (["--prompt", "a", "--prompts", "b"], "--prompts"),
@@ -215,6 +216,10 @@ def test_a_refused_run_does_not_cost_the_file_that_it_would_replace(model, tmp_p
     options = ("--output", str(path), "--overwrite", "--max-length", "500")
     assert "max_length" in refused(capsys, monkeypatch, "sample", str(model), *options)
     assert path.read_text() == "precious\n"
+
+
+def test_a_negative_prompt_needs_no_prompt(model):
+    assert len(sample(str(model), "--negative-prompt", "the cat", "--num-samples", "3", "--cfg-scale", "2")) == 3
 
 
 def test_long_prompts_are_counted(model):

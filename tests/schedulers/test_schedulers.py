@@ -1,6 +1,7 @@
 """Laws of the solvers: limits, orders of convergence, variances, diffusers' contract."""
 
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -121,22 +122,34 @@ def test_ddim_at_eta_one_is_ddpm_and_its_posterior(noise, steps):
         assert b == pytest.approx((alpha2_to.sqrt() * (1 - ratio2) / (1 - alpha2)).item(), rel=1e-3, abs=1e-9)
 
 
-@given(solvers, st.integers(2, 12), st.integers(0, 99))
+@given(solvers, st.integers(3, 12), st.integers(0, 99))
 def test_steps_commute_with_permutations_and_rotations(name, steps, seed):
+    """Two consecutive steps from the same row, with the noise turned and permuted like everything else."""
     generator = torch.Generator().manual_seed(seed)
-    z, x = torch.randn(2, 3, 4, 5, generator=generator, dtype=torch.float64)
-    rotation = torch.linalg.qr(torch.randn(5, 5, generator=generator, dtype=torch.float64)).Q
-    order = torch.randperm(3, generator=generator)
-    scheduler = make(name)
-    scheduler.set_timesteps(steps)
-    row = torch.randint(steps - 1, (1,), generator=generator).item()
-    a, b, c, _ = scheduler._table[row]
+    z, x, y, eps = torch.randn(4, 3, 4, 5, generator=generator, dtype=torch.float64)
+    turn = torch.linalg.qr(torch.randn(5, 5, generator=generator, dtype=torch.float64)).Q
+    samples, positions = torch.randperm(3, generator=generator), torch.randperm(4, generator=generator)
 
-    def deterministic(z, x):
-        return a * z + b * x + c * 0.5 * x
+    def move(v):
+        return v[samples][:, positions] @ turn
 
-    assert torch.allclose(deterministic(z @ rotation, x @ rotation), deterministic(z, x) @ rotation)
-    assert torch.allclose(deterministic(z[order], x[order]), deterministic(z, x)[order])
+    def two_steps(z, x, y, eps):
+        scheduler = make(name)
+        scheduler.set_timesteps(steps)
+        scheduler.set_begin_index(steps - 3)
+        with mock.patch("embdiff.schedulers.base.randn_tensor", return_value=eps):
+            z = scheduler.step(x, scheduler.timesteps[-3], z).prev_sample
+            return scheduler.step(y, scheduler.timesteps[-2], z).prev_sample
+
+    assert torch.allclose(two_steps(*map(move, (z, x, y, eps))), move(two_steps(z, x, y, eps)), atol=1e-9)
+
+
+def test_a_new_schedule_forgets_where_the_last_one_began():
+    scheduler = make("renoise")
+    scheduler.set_begin_index(0)
+    scheduler.set_timesteps(10)
+    scheduler.step(torch.zeros(1, 2, 3), scheduler.timesteps[4], torch.zeros(1, 2, 3))
+    assert scheduler.step_index == 5
 
 
 @every_solver
