@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import numpy as np
 import torch
 import yaml
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
@@ -641,20 +642,20 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return
         with self.averaged() as denoiser:
-            count = min(len(self.valid_set), 128)
-            batch = self.valid_set.batch(range(count)).to(self.device)
+            index = spread(len(self.valid_set), 128)
+            batch = self.valid_set.batch(index).to(self.device)
             generator = torch.Generator().manual_seed(self.config.seed)
             bound = losses.variational_bound(denoiser, batch, self.fit.schedule, generator, samples=2)
-            nats = float(bound.total.sum() / self.valid_set.text_length[:count].sum())
+            nats = float(bound.total.sum() / self.valid_set.text_length[index].sum())
             previews = self._previews(denoiser) if self.config.previews else []
         self.reporter.validation({"step": self.progress.step, "bound": nats}, previews)
         if self.config.tracker:
             self.accelerator.log({"validation_bound": nats}, step=self.progress.step)
 
     def _previews(self, denoiser: Denoiser) -> list[tuple[str | None, str]]:
-        prompts = (
-            [e.prompt for e in self.corpus.valid[: self.config.previews]] if self.train_set.prompt.shape[1] else []
-        )
+        prompted = self.train_set.prompt.shape[1] > 0
+        chosen = spread(len(self.corpus.valid), self.config.previews) if prompted else []
+        prompts = [self.corpus.valid[i].prompt for i in chosen]
         pipe = self._pipeline(denoiser)
         pipe.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(self.config.seed)
@@ -778,6 +779,11 @@ class Trainer:
             raise UserError(
                 f"the model's shape is not the one of {folder}: resume with the options it was started with"
             )
+
+
+def spread(size: int, count: int) -> NDArray[np.int64]:
+    """At most `count` numbers below `size`, evenly spread: files are often sorted, so their heads mislead."""
+    return np.unique(np.linspace(0, size - 1, min(size, count)).astype(np.int64)) if size else np.zeros(0, np.int64)
 
 
 def once(say: Callable[[str], None]) -> Callable[[str], None]:
