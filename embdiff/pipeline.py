@@ -27,6 +27,9 @@ from embdiff.schedulers import EmbeddingScheduler
 
 Callback = Callable[["TextDiffusionPipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
 
+# Lengths are decided in the first fifth of the schedule, where nothing else is decided yet.
+DRAW_LENGTH_ABOVE = 0.8
+
 
 @dataclass
 class TextDiffusionOutput(BaseOutput):  # type: ignore[misc]
@@ -62,8 +65,9 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         num_inference_steps: int = 32,
         guidance_scale: float = 1.0,
         guidance: Sequence[Guidance] = (),
-        temperature: float = 0.7,
+        temperature: float = 0.75,
         draw_length: bool = True,
+        length_bias: float = 0.8,
         max_length: int | None = None,
         num_samples: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -82,10 +86,12 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
             temperature: of the words in the token posterior; 1 samples the model as it is, less is more fluent
                 and less diverse. The probabilities of end-of-text and padding stay as they are, so that texts do
                 not shrink.
-            draw_length: each sample draws a number u in (0, 1) once, and a position is padding, or the end of text,
-                where u lies in the posterior's share of it. So lengths are distributed as the model has them. False
-                mixes embeddings by their probabilities there too, as the textbook has it; texts then come out short,
-                since one embedding for all padding outweighs the scattered embeddings of words.
+            draw_length: while noise is high (t > 0.8) each sample's length is drawn: with one number u in (0, 1) a
+                sample, a position is padding, or the end of text, where u lies in the posterior's share of it, so
+                lengths are distributed as the model has them. False mixes embeddings by probability there too.
+            length_bias: nats taken from the log-odds of padding and end of text wherever embeddings are mixed. One
+                embedding for all padding outweighs the scattered embeddings of words, so without it texts come out
+                short. 0 is the textbook's posterior mean.
             max_length: target positions, at most what the model was trained for (the default).
             generator: one from which each sample's seed is drawn, or one for each sample. Noise is drawn sample by
                 sample, so a text does not depend on the batch that it was in.
@@ -112,6 +118,8 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
             raise UserError(f"num_samples {num_samples} is too few: ask for at least 1")
         if not (math.isfinite(temperature) and temperature > 0):
             raise UserError(f"temperature {temperature} is out of range: give a number above 0, 1 is neutral")
+        if not math.isfinite(length_bias):
+            raise UserError(f"length_bias {length_bias} is not a finite number: 0 is neutral, 0.8 the default")
         if output_type not in ("text", "seq", "latent"):
             raise UserError(f"output_type {output_type!r} is unknown: choose text, seq or latent")
         B = len(prompts) * num_samples
@@ -123,7 +131,16 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         self.scheduler.set_begin_index(0)
         z = self._initial_noise(generators, length) * self.scheduler.init_noise_sigma
         quantile = self._uniform(generators) if draw_length else None
-        predictor = Predictor(self.denoiser, contexts, modules, temperature, self._kept_tokens(), quantile)
+        predictor = Predictor(
+            self.denoiser,
+            contexts,
+            modules,
+            temperature,
+            self._kept_tokens(),
+            quantile,
+            draw_above=float(self.scheduler.noise_schedule.gamma(DRAW_LENGTH_ABOVE)),
+            length_bias=length_bias,
+        )
         x0 = torch.zeros_like(z)
         gammas = [float(g) for g in self.scheduler.gammas.cpu()]
         with self.progress_bar(total=len(gammas)) as progress:
@@ -211,12 +228,16 @@ class Predictor:
         temperature: float,
         kept: tuple[int, ...],
         quantile: Tensor | None = None,
+        draw_above: float = -math.inf,
+        length_bias: float = 0.0,
     ) -> None:
         self.denoiser = denoiser
         self.context, self.other = contexts
         self.modules = [m for m in modules if m.scale != 1.0 and self.context is not None]
         self.temperature = temperature
-        self.kept = kept if temperature != 1.0 or quantile is not None else ()
+        self.kept = kept if temperature != 1.0 or quantile is not None or length_bias else ()
+        self.draw_above = draw_above
+        self.length_bias = length_bias
         self.quantile = None if quantile is None else quantile[:, None, None]
         self.both = None
         if self.modules and self.context is not None and self.other is not None:
@@ -228,19 +249,19 @@ class Predictor:
         """x0 [B, L, D], fp32, for latents z at noise level gamma, given the previous x0."""
         active = [m for m in self.modules if m.active(gamma)]
         if not active:
-            return self._x0(self._posterior(self._features(z, gamma, self.context, self_cond)))
+            return self._x0(self._posterior(self._features(z, gamma, self.context, self_cond)), gamma)
         twice = self._features(torch.cat([z, z]), gamma, self.both, torch.cat([self_cond, self_cond]))
         for module in (m for m in active if m.space == "logits"):
             conditional, other = twice.chunk(2)
             twice = torch.cat([module.combine(conditional, other), other])
         means = [m for m in active if m.space == "x0"]
         if not means:
-            return self._x0(self._posterior(twice.chunk(2)[0]))
+            return self._x0(self._posterior(twice.chunk(2)[0]), gamma)
         (mean, other_mean), (kept, other_kept) = (part.chunk(2) for part in self._posterior(twice))
         for module in means:
             mean, kept = module.combine(mean, other_mean), module.combine(kept, other_kept).clamp(0.0, 1.0)
             kept = kept / kept.sum(-1, keepdim=True).clamp(min=1.0)
-        return self._x0(ops.Posterior(mean, kept))
+        return self._x0(ops.Posterior(mean, kept), gamma)
 
     def _features(self, z: Tensor, gamma: float, context: Context | None, self_cond: Tensor) -> Tensor:
         level = torch.full((len(z),), gamma, dtype=torch.float32, device=z.device)
@@ -249,12 +270,16 @@ class Predictor:
     def _posterior(self, h: Tensor) -> ops.Posterior:
         return ops.expectation(h, self.weight, self.table, self.temperature, self.kept)
 
-    def _x0(self, posterior: ops.Posterior) -> Tensor:
-        """The mean embedding; with `quantile`, length tokens are there or not instead of in part."""
+    def _x0(self, posterior: ops.Posterior, gamma: float) -> Tensor:
+        """The mean embedding, with the length tokens drawn at high noise and held back below."""
         mean, kept = posterior
-        if self.quantile is not None:
+        if self.quantile is not None and gamma > self.draw_above:
             upper = kept.cumsum(-1)
             kept = ((upper - kept < self.quantile) & (self.quantile <= upper)).to(kept.dtype)
+        elif self.length_bias:
+            # q = p e^-b / (p e^-b + 1 - p): the odds of p divided by e^b, shared out as before.
+            p = kept.sum(-1, keepdim=True)
+            kept = kept / (p + (1 - p) * math.exp(self.length_bias)).clamp(min=1e-12)
         return kept @ self.table[list(self.kept)] + (1 - kept.sum(-1, keepdim=True)) * mean
 
 

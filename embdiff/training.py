@@ -654,7 +654,7 @@ class Trainer:
 
     def _previews(self, denoiser: Denoiser) -> list[tuple[str | None, str]]:
         prompted = self.train_set.prompt.shape[1] > 0
-        chosen = spread(len(self.corpus.valid), self.config.previews) if prompted else []
+        chosen = spread(len(self.corpus.valid), self.config.previews if prompted else 0)
         prompts = [self.corpus.valid[i].prompt for i in chosen]
         pipe = self._pipeline(denoiser)
         pipe.set_progress_bar_config(disable=True)

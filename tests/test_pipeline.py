@@ -1,9 +1,14 @@
 """The pipeline: reproducible, independent of its batch, at home in diffusers."""
 
+import math
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from embdiff import DDIMScheduler, TextDiffusionPipeline, UserError, ops
+from embdiff.denoiser import Denoiser
 from embdiff.pipeline import Predictor, load
 from embdiff.schedulers import SCHEDULERS
 
@@ -72,13 +77,28 @@ def test_lengths_are_drawn_as_the_posterior_has_them(pipe):
     table = pipe.denoiser.space.table()
     probabilities = torch.tensor([[0.0, 0.1], [0.1, 0.3], [0.4, 0.5], [0.9, 0.1]])  # padding, end of text
     word = table[7]
-    x0 = predictor._x0(ops.Posterior(word.expand(count, 4, -1), probabilities.expand(count, -1, -1)))
+    x0 = predictor._x0(ops.Posterior(word.expand(count, 4, -1), probabilities.expand(count, -1, -1)), 0.0)
     ids = pipe.denoiser.space.round(x0)
     assert torch.allclose((ids == 0).float().mean(0), probabilities[:, 0], atol=1e-3)
     assert torch.allclose((ids == 2).float().mean(0), probabilities[:, 1], atol=1e-3)
     assert torch.all((ids == 2).sum(1) == 1)  # exactly one end, for these are the probabilities of one length
     after = (ids == 2).cumsum(1) - (ids == 2).long()
     assert torch.equal(after == 1, ids == 0)
+
+
+@given(st.floats(0, 1), st.floats(0, 1), st.floats(-3, 3).filter(bool))
+def test_the_length_bias_divides_the_odds_of_ending(pad, share, bias):
+    denoiser = Denoiser(9, dim=8, width=8, depth=1, heads=2, condition_width=8)
+    predictor = Predictor(denoiser, (None, None), [], 1.0, (0, 2), length_bias=bias)
+    kept = torch.tensor([[[pad * share, pad * (1 - share)]]], dtype=torch.float32)
+    table = torch.eye(9, 8)
+    table[8] = 0
+    predictor.table = table
+    x0 = predictor._x0(ops.Posterior(table[7].expand(1, 1, -1), kept), 0.0)[0, 0]
+    p = pad * math.exp(-bias) / (pad * math.exp(-bias) + 1 - pad)
+    assert x0[0].item() == pytest.approx(p * share, abs=1e-5)
+    assert x0[2].item() == pytest.approx(p * (1 - share), abs=1e-5)
+    assert x0.sum().item() == pytest.approx(1.0, abs=1e-5)
 
 
 def test_without_drawn_lengths_x0_is_the_posterior_mean(pipe):
