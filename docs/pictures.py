@@ -6,6 +6,7 @@ python docs/pictures.py MODEL --prompt "..." --seed 3
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 import torch
@@ -34,7 +35,8 @@ def main(
         generator=[torch.Generator().manual_seed(seed)],
         callback_on_step_end=StepsView(pipe, steps, console),
     )
-    console.save_svg(str(output), title="embdiff sample --show-steps")
+    picture = console.export_svg(title="embdiff sample --show-steps")
+    output.write_text(re.sub(r"@font-face \{.*?\}", "", picture, flags=re.DOTALL))  # fonts from elsewhere
 
 
 if __name__ == "__main__":
