@@ -65,9 +65,9 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         num_inference_steps: int = 32,
         guidance_scale: float = 1.0,
         guidance: Sequence[Guidance] = (),
-        temperature: float = 0.75,
+        temperature: float = 0.76,
         draw_length: bool = True,
-        length_bias: float = 0.8,
+        length_bias: float = 1.0,
         max_length: int | None = None,
         num_samples: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -119,7 +119,7 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         if not (math.isfinite(temperature) and temperature > 0):
             raise UserError(f"temperature {temperature} is out of range: give a number above 0, 1 is neutral")
         if not math.isfinite(length_bias):
-            raise UserError(f"length_bias {length_bias} is not a finite number: 0 is neutral, 0.8 the default")
+            raise UserError(f"length_bias {length_bias} is not a finite number: 0 is neutral, 1 the default")
         if output_type not in ("text", "seq", "latent"):
             raise UserError(f"output_type {output_type!r} is unknown: choose text, seq or latent")
         B = len(prompts) * num_samples

@@ -319,8 +319,6 @@ class Trainer:
         self.config, self.output, self.corpus = config, output, corpus
         self.accelerator, self.reporter = accelerator, reporter
         self.device = self.accelerator.device
-        # Zero-initialised layers start with gradients near 1e-40, which a CPU multiplies a hundred times slower.
-        torch.set_flush_denormal(True)
         self.tokenizer = self._tokenizer(resume)
         self.train_set, self.valid_set = self._encode()
         self.mixture = Mixture(config.drop_prompt, config.infill)
