@@ -572,8 +572,7 @@ class Trainer:
         torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.names], 1 - decay)
 
     def _fit_schedule(self) -> None:
-        for gamma, ce in self._gathered():
-            self.fit.update(gamma.cpu().numpy(), ce.float().cpu().numpy())
+        self._fit_pending()
         # Before it has learnt anything the model's cross-entropy says nothing about the noise.
         if self.progress.step >= 2 * self.config.warmup:
             self.fit.fit()
@@ -744,10 +743,9 @@ class Trainer:
         state = checkpoint.read_state(folder)
         self._check(folder, state)
         weights, ema = (checkpoint.read_tensors(folder / f"{name}.safetensors") for name in ("denoiser", "ema"))
-        with torch.no_grad():
-            for p, name in self.names.items():
-                p.copy_(weights[name])
-                self.ema[name].copy_(ema[name])
+        self._put(weights)
+        for name, average in self.ema.items():
+            average.copy_(ema[name])
         for i, optimizer in enumerate(self.optimizers):
             tensors = checkpoint.read_tensors(folder / f"optimizer-{i}.safetensors")
             checkpoint.load_optimizer(optimizer, self.names, tensors)
