@@ -390,7 +390,7 @@ class Trainer:
         return sets[0], sets[1]
 
     def _new_denoiser(self) -> Denoiser:
-        torch.manual_seed(self.config.seed)
+        torch.manual_seed(weight_seed(self.config.seed))
         denoiser = Denoiser(
             vocab_size=len(self.tokenizer),
             max_length=self.config.max_length,
@@ -775,6 +775,12 @@ class Trainer:
             raise UserError(
                 f"the model's shape is not the one of {folder}: resume with the options it was started with"
             )
+
+
+def weight_seed(seed: int) -> int:
+    """The seed of the initial weights. Noise is drawn from torch generators seeded with small numbers too, often the
+    same ones: from the same stream, the embeddings would be that noise, row by row."""
+    return int(np.random.SeedSequence((seed, 0x656D62)).generate_state(1)[0])
 
 
 def spread(size: int, count: int) -> NDArray[np.int64]:

@@ -103,6 +103,15 @@ def test_training_learns_and_leaves_a_pipeline_without_pickles(tmp_path):
     assert pipe("the a", num_inference_steps=2).texts
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_initial_embeddings_are_not_the_noise_of_the_same_seed(tmp_path, seed):
+    """Both are normal numbers from a torch generator: from one stream, noise would look like tokens."""
+    out = train(small(max_steps=1, seed=seed), tmp_path / "run", corpus=corpus())
+    table = load(str(out)).denoiser.space.table()
+    noise = torch.randn(24, table.shape[1], generator=torch.Generator().manual_seed(seed))
+    assert torch.nn.functional.cosine_similarity(noise[:, None], table[None], -1).max() < 0.9
+
+
 def test_the_bound_objective_trains_too(tmp_path):
     train(small(objective="vlb", max_steps=3), tmp_path / "run", corpus=corpus())
 
