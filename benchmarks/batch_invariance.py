@@ -7,13 +7,12 @@ Seeds 0 .. n - 1 are drawn in batches of 1, 7 and 32, in fp32 and in bf16. Expec
 
 from __future__ import annotations
 
-import json
-import platform
 from pathlib import Path
 from typing import Any
 
 import torch
 import typer
+from common import generators, write
 
 from embdiff.cli.common import quiet
 from embdiff.pipeline import TextDiffusionPipeline, load
@@ -36,9 +35,7 @@ def main(
         pipe.to(dtype)
         texts = [draw(pipe, samples, size, steps, prompt, cfg_scale) for size in (1, 7, 32)]
         figures[name] = round(sum(len(set(row)) == 1 for row in zip(*texts, strict=True)) / samples, 4)
-    figures["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    results.write_text(json.dumps(figures, indent=1) + "\n")
-    print(json.dumps(figures, indent=1))
+    write(results, figures)
 
 
 def draw(
@@ -47,13 +44,13 @@ def draw(
     """Texts of all seeds, drawn `batch_size` at a time."""
     texts: list[str] = []
     for start in range(0, samples, batch_size):
-        generators = [torch.Generator().manual_seed(s) for s in range(start, min(start + batch_size, samples))]
+        each = generators(start, min(batch_size, samples - start))
         out: Any = pipe(
             prompt,
-            num_samples=len(generators),
+            num_samples=len(each),
             num_inference_steps=steps,
             guidance_scale=cfg_scale,
-            generator=generators,
+            generator=each,
         )
         texts += out.texts
     return texts

@@ -2,7 +2,7 @@
 
     python benchmarks/e2e_text.py DATA --output runs/e2e                 train 15 minutes on two idle cores
     python benchmarks/e2e_text.py DATA --output runs/e2e --max-steps 3900       or so many steps where cores are slow
-    python benchmarks/e2e_text.py DATA --output runs/e2e --evaluate-only        evaluate what is there
+    python benchmarks/e2e_text.py DATA --output runs/e2e                        again: continues, or only measures
 
 DATA is a folder with the E2E set's train.txt and valid.txt, one word-tokenised text a line.
 
@@ -16,8 +16,6 @@ means 1,000 lines drawn at random from valid.txt: the file is sorted by meaning,
 
 from __future__ import annotations
 
-import json
-import platform
 import random
 import time
 from pathlib import Path
@@ -25,15 +23,16 @@ from typing import Any
 
 import torch
 import typer
+from common import generators, trained, training_facts, write
 
 from embdiff.batches import encode
-from embdiff.cli.common import quiet, seconds
+from embdiff.cli.common import seconds
+from embdiff.config import TrainConfig
 from embdiff.data import Example
 from embdiff.evaluation.metrics import distinct_n, mean_length, unigram_entropy
 from embdiff.evaluation.ngram import NGram
 from embdiff.losses import variational_bound
-from embdiff.pipeline import TextDiffusionPipeline, load
-from embdiff.training import TrainConfig, train
+from embdiff.pipeline import TextDiffusionPipeline
 
 
 def main(
@@ -42,27 +41,18 @@ def main(
     max_time: str = typer.Option("15m", help="Training time."),
     max_steps: int | None = typer.Option(None, help="Training steps, instead of a time."),
     size: str = typer.Option("mini", help="Model size."),
-    evaluate_only: bool = typer.Option(False, help="The run is finished: only evaluate it."),
-    resume: bool = typer.Option(False, help="Continue the run."),
     samples: int = typer.Option(1000, help="Samples to judge."),
     steps: list[int] = typer.Option([32], help="Sampling steps; give it several times."),
     lines: int | None = typer.Option(None, help="Validation lines for the bound; all by default."),
     results: Path = typer.Option(Path("benchmarks/results/e2e_text.json"), help="Where the figures go."),
 ) -> None:
     """Trains, evaluates, prints a table and writes it to --results."""
-    quiet()
-    if not evaluate_only:
-        config = TrainConfig(
-            data=str(data / "train.txt"), validation=str(data / "valid.txt"), tokenizer="word", min_count=11,
-            size=size, max_length=64, batch_size=64, infill=0.0, save_every=200,
-            max_steps=max_steps, max_time=None if max_steps else seconds(max_time),
-        )  # fmt: skip
-        from embdiff.cli.train import Display
-
-        with Display() as display:
-            train(config, output, resume=resume, reporter=display)
-    pipe = load(str(output))
-    pipe.set_progress_bar_config(disable=True)
+    config = TrainConfig(
+        data=str(data / "train.txt"), validation=str(data / "valid.txt"), tokenizer="word", min_count=11,
+        size=size, max_length=64, batch_size=64, infill=0.0, save_every=200,
+        max_steps=max_steps, max_time=None if max_steps else seconds(max_time),
+    )  # fmt: skip
+    pipe = trained(output, config)
     real_train, real_valid = ((data / f"{part}.txt").read_text().splitlines() for part in ("train", "valid"))
     figures: dict[str, Any] = {"bound": bound(pipe, real_valid[:lines])}
     judge = NGram.fit(real_train, order=5, min_count=11)
@@ -74,9 +64,7 @@ def main(
         figures[f"samples_{n}_steps"] = judged(judge, texts) | {"seconds": round(time.monotonic() - start, 1)}
         (output / f"samples-{n}.txt").write_text("\n".join(texts) + "\n")
     figures["training"] = training_facts(output, pipe)
-    figures["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    results.write_text(json.dumps(figures, indent=1) + "\n")
-    print(json.dumps(figures, indent=1))
+    write(results, figures)
 
 
 def bound(pipe: TextDiffusionPipeline, lines: list[str], batch_size: int = 64) -> dict[str, float]:
@@ -100,8 +88,8 @@ def draw(pipe: TextDiffusionPipeline, count: int, steps: int, batch_size: int = 
     """Samples with seeds 0 .. count - 1."""
     texts: list[str] = []
     for start in range(0, count, batch_size):
-        generators = [torch.Generator().manual_seed(s) for s in range(start, min(start + batch_size, count))]
-        out: Any = pipe(num_samples=len(generators), num_inference_steps=steps, generator=generators, **options)
+        each = generators(start, min(batch_size, count - start))
+        out: Any = pipe(num_samples=len(each), num_inference_steps=steps, generator=each, **options)
         texts += out.texts
     return texts
 
@@ -111,14 +99,6 @@ def judged(judge: NGram, texts: list[str]) -> dict[str, float]:
     known = [" ".join(w if w in judge.vocabulary else "<unk>" for w in text.split()) for text in texts]
     return {"cross_entropy": round(judge.cross_entropy(known), 4), "unigram_entropy": round(unigram_entropy(known), 4),
             "mean_words": round(mean_length(known), 2), "distinct_4": round(distinct_n(known, 4), 4)}  # fmt: skip
-
-
-def training_facts(output: Path, pipe: TextDiffusionPipeline) -> dict[str, Any]:
-    """How the model came about."""
-    state = json.loads((sorted((output / "checkpoints").glob("step-*"))[-1] / "state.json").read_text())
-    parameters = sum(p.numel() for p in pipe.denoiser.parameters())
-    return {"steps": state["step"], "seconds": round(state["seconds"]), "tokens": state["tokens"],
-            "parameters": parameters, "schedule": pipe.scheduler.noise_schedule.config()}  # fmt: skip
 
 
 if __name__ == "__main__":

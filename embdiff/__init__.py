@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from embdiff.config import TrainConfig as TrainConfig
     from embdiff.denoiser import Denoiser as Denoiser
     from embdiff.errors import UserError as UserError
     from embdiff.guidance import ClassifierFreeGuidance as ClassifierFreeGuidance
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from embdiff.schedulers import DDPMScheduler as DDPMScheduler
     from embdiff.schedulers import DPMSolverScheduler as DPMSolverScheduler
     from embdiff.schedulers import RenoiseScheduler as RenoiseScheduler
-    from embdiff.training import TrainConfig as TrainConfig
     from embdiff.training import train as train
 
 __version__ = "0.1.0"
@@ -37,7 +37,7 @@ HOMES = {
     "Guidance": "guidance",
     "RenoiseScheduler": "schedulers",
     "TextDiffusionPipeline": "pipeline",
-    "TrainConfig": "training",
+    "TrainConfig": "config",
     "UserError": "errors",
     "train": "training",
 }

@@ -247,3 +247,8 @@ def batch_index(size: int, start: int, count: int, seed: int) -> NDArray[np.int6
     epochs, within = wanted // size, wanted % size
     orders = {e: _order(size, seed, int(e)) for e in np.unique(epochs)}
     return np.array([orders[e][i] for e, i in zip(epochs, within, strict=True)])
+
+
+def spread(size: int, count: int) -> NDArray[np.int64]:
+    """At most `count` numbers below `size`, evenly spread: files are often sorted, so their heads mislead."""
+    return np.unique(np.linspace(0, size - 1, min(size, count)).astype(np.int64)) if size else np.zeros(0, np.int64)

@@ -17,21 +17,20 @@ import json
 import math
 import shutil
 import time
-import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import torch
-import yaml
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from embdiff import checkpoint, losses, ops, vocabulary
-from embdiff.batches import Encoded, Mixture, Window, batch_index, encode
+from embdiff.batches import Encoded, Mixture, Window, batch_index, encode, spread
+from embdiff.compilation import can_compile, compiled, once
+from embdiff.config import DECISIVE, TrainConfig
 from embdiff.data import Corpus, load_corpus
 from embdiff.denoiser import SIZES, Denoiser
 from embdiff.errors import UserError
@@ -40,144 +39,6 @@ from embdiff.optim import Muon
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-# ------------------------------------------------------------------------------------------- configuration
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Everything that decides a run; written to run.yaml. Times are in seconds, lengths in tokens."""
-
-    data: str = "docstrings"
-    validation: str | None = None
-    text_column: str | None = None
-    prompt_column: str | None = None
-    separator: str | None = None
-    valid_share: float = 0.05
-    limit: int | None = None
-
-    tokenizer: str = "bpe"
-    vocab_size: int = 8192
-    min_count: int = 2
-
-    size: str = "small"
-    max_length: int = 64
-    max_prompt_length: int = 64
-    on_long: str = "truncate"
-
-    max_steps: int | None = None
-    max_time: float | None = None
-    batch_size: int = 64
-    accumulate: int = 1
-    seed: int = 0
-
-    optimizer: str = "muon"
-    lr: float = 2e-3
-    matrix_lr: float = 4e-3
-    embedding_lr: float = 6e-3
-    weight_decay: float = 0.01
-    warmup: int = 100
-    decay: float = 0.5
-    clip: float = 1.0
-    ema: float = 0.999
-
-    objective: str = "ce"
-    self_condition: float = 0.5
-    drop_prompt: float = 0.1
-    infill: float = 0.1
-    window: float = 0.6
-    draws: int = 4
-    filter_ramp: int = 300
-
-    dtype: str = "auto"
-    compile: bool | None = None
-
-    save_every: int = 500
-    keep: int = 2
-    validate_every: int = 500
-    log_every: int = 10
-    previews: int = 3
-    tracker: str | None = None
-
-    def __post_init__(self) -> None:
-        for f in fields(self):
-            object.__setattr__(self, f.name, _typed(f.name, str(f.type), getattr(self, f.name)))
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise UserError(f"{name} {getattr(self, name)!r} is unknown: choose one of {', '.join(allowed)}")
-        for name, lowest in LOWEST.items():
-            if getattr(self, name) < lowest:
-                raise UserError(f"{name} {getattr(self, name)} is too small: give at least {lowest}")
-        for name in ("self_condition", "drop_prompt", "infill", "window", "decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} {getattr(self, name)} is out of range: give a share between 0 and 1")
-        for name in ("lr", "matrix_lr", "embedding_lr", "clip", "max_steps", "max_time"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise UserError(f"{name} {value} is out of range: give a number above 0")
-        if not 0 <= self.ema < 1:
-            raise UserError(f"ema {self.ema} is out of range: give a decay from 0 (off) to below 1")
-
-    @property
-    def steps(self) -> int | None:
-        """max_steps; 10,000 where neither steps nor time are limited."""
-        return 10_000 if self.max_steps is None and self.max_time is None else self.max_steps
-
-    def save(self, folder: Path) -> None:
-        """Writes DIR/run.yaml, whole or not at all."""
-        fresh = folder / ".run.yaml.tmp"
-        fresh.write_text(yaml.safe_dump(asdict(self), sort_keys=False))
-        fresh.replace(folder / "run.yaml")
-
-
-CHOICES = {
-    "size": tuple(SIZES),
-    "optimizer": ("muon", "adamw"),
-    "objective": ("ce", "vlb"),
-    "dtype": ("auto", "bf16", "fp32"),
-    "on_long": ("truncate", "drop"),
-}
-LOWEST = {
-    "max_length": 2, "max_prompt_length": 1, "batch_size": 1, "accumulate": 1, "draws": 1, "save_every": 1, "keep": 1,
-    "validate_every": 1, "log_every": 1, "seed": 0, "warmup": 0, "filter_ramp": 0, "previews": 0, "weight_decay": 0,
-}  # fmt: skip
-# What decides the weights of a run beside data and model: a resumed run must have the same.
-DECISIVE = (
-    "optimizer", "objective", "seed", "batch_size", "accumulate", "draws", "window", "self_condition", "drop_prompt",
-    "infill", "filter_ramp",
-)  # fmt: skip
-
-
-def _typed(name: str, annotation: str, value: Any) -> Any:
-    """The value as the type that the option has; YAML reads 1e-3 as a string."""
-    if value is None and "None" in annotation:
-        return None
-    kind = {"int": int, "float": float, "str": str, "bool": bool}[annotation.removesuffix(" | None")]
-    try:
-        converted = value if kind is bool or isinstance(value, bool) else kind(value)
-        if type(converted) is not kind or (kind is int and float(value) != converted):
-            raise ValueError
-    except (TypeError, ValueError):
-        raise UserError(f"{name} {value!r} is not of the right kind: it takes {kind.__name__}") from None
-    return converted
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The options in a YAML file, checked against the names of TrainConfig; dashes and underscores are alike."""
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read config {path}: {' '.join(str(error).split())}") from error
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict):
-        raise UserError(f"config {path} is not a list of `option: value` lines")
-    options = {str(key).replace("-", "_"): value for key, value in loaded.items()}
-    unknown = set(options) - {f.name for f in fields(TrainConfig)}
-    if unknown:
-        raise UserError(f"config {path} has unknown option {', '.join(sorted(unknown))}: see embdiff train --help")
-    return options
-
 
 # ------------------------------------------------------------------------------------------------ reporting
 
@@ -781,53 +642,3 @@ def weight_seed(seed: int) -> int:
     """The seed of the initial weights. Noise is drawn from torch generators seeded with small numbers too, often the
     same ones: from the same stream, the embeddings would be that noise, row by row."""
     return int(np.random.SeedSequence((seed, 0x656D62)).generate_state(1)[0])
-
-
-def spread(size: int, count: int) -> NDArray[np.int64]:
-    """At most `count` numbers below `size`, evenly spread: files are often sorted, so their heads mislead."""
-    return np.unique(np.linspace(0, size - 1, min(size, count)).astype(np.int64)) if size else np.zeros(0, np.int64)
-
-
-def once(say: Callable[[str], None]) -> Callable[[str], None]:
-    """Says the first thing that it is told, and nothing after."""
-    said: list[str] = []
-
-    def note(text: str) -> None:
-        if not said:
-            said.append(text)
-            say(text)
-
-    return note
-
-
-def can_compile(device_type: str, note: Callable[[str], None]) -> bool:
-    """Whether torch.compile has what it needs; says so once where it hasn't."""
-    if device_type == "cpu" and not _has_compiler():
-        note("no C++ compiler for torch.compile: training without it, about 1.2 times slower")
-        return False
-    return True
-
-
-def compiled(call: Callable[..., Any], note: Callable[[str], None]) -> Callable[..., Any]:
-    """A pass of the denoiser under torch.compile; where that fails, one warning and the pass as it is."""
-    state: dict[str, Callable[..., Any]] = {"call": torch.compile(call, dynamic=False)}
-
-    def attempt(*args: Any, **kwargs: Any) -> Any:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                return state["call"](*args, **kwargs)
-        except Exception as error:
-            if state["call"] is call or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                raise
-            note(f"torch.compile failed ({type(error).__name__}): training without it")
-            state["call"] = call
-            return call(*args, **kwargs)
-
-    return attempt
-
-
-def _has_compiler() -> bool:
-    import os
-
-    return any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++", "cl") if name)

@@ -9,15 +9,14 @@ import sys
 
 import pytest
 import torch
-import yaml
 
 from embdiff import checkpoint, training
+from embdiff.config import TrainConfig
 from embdiff.data import Corpus, Example
-from embdiff.denoiser import Denoiser
 from embdiff.errors import UserError
 from embdiff.pipeline import load
-from embdiff.training import Stopped, TrainConfig, train
-from tests.conftest import lively, sentences
+from embdiff.training import Stopped, train
+from tests.conftest import sentences
 
 SMALL = TrainConfig(
     size="tiny",
@@ -148,46 +147,10 @@ def test_two_processes_train_like_one_with_twice_the_batch(tmp_path):
     assert logs[0] == pytest.approx(logs[1], rel=1e-4)
 
 
-def test_compiling_changes_a_forward_pass_by_rounding_only():
-    if not training._has_compiler():
-        pytest.skip("no C++ compiler")
-    model = lively(Denoiser(20, dim=8, width=16, depth=1, heads=2, condition_width=8))
-    z, gamma = torch.randn(2, 5, 8), torch.randn(2)
-    with torch.no_grad():
-        fast = training.compiled(model, pytest.fail)(z, gamma, None, torch.zeros_like(z))
-        assert torch.allclose(fast, model(z, gamma, None, torch.zeros_like(z)), atol=1e-4)
-
-
-def test_a_pass_that_cannot_be_compiled_runs_as_it_is_after_one_remark(monkeypatch):
-    class BackendError(Exception):
-        __module__ = "torch._dynamo.exc"
-
-    def broken(call, dynamic):
-        def fail(*args):
-            raise BackendError
-
-        return fail
-
-    monkeypatch.setattr(torch, "compile", broken)
-    notes: list[str] = []
-    call = training.compiled(lambda x: x + 1, notes.append)
-    assert [call(1), call(2)] == [2, 3]
-    assert len(notes) == 1
-
-
 def test_trackers_that_are_not_there_are_refused(tmp_path):
     for name, cause in (("abacus", "unknown"), ("clearml", "not installed")):
         with pytest.raises(UserError, match=cause):
             train(small(tracker=name), tmp_path / "run", corpus=corpus())
-
-
-def test_without_a_compiler_there_is_one_remark_and_training_goes_on(monkeypatch):
-    monkeypatch.setattr(training, "_has_compiler", lambda: False)
-    notes: list[str] = []
-    assert not training.can_compile("cpu", notes.append)
-    assert training.can_compile("cuda", pytest.fail)
-    assert len(notes) == 1
-    assert "compiler" in notes[0]
 
 
 def test_nan_stops_with_its_step_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
@@ -301,46 +264,3 @@ def test_damaged_checkpoints_are_named(stopped):
 def test_nothing_to_resume_is_said(tmp_path):
     with pytest.raises(UserError, match="nothing to resume"):
         train(SMALL, tmp_path / "none", corpus=corpus(), resume=True)
-
-
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        ("size", "huge"),
-        ("batch_size", 0),
-        ("infill", 1.5),
-        ("lr", -1.0),
-        ("lr", math.nan),
-        ("ema", 1.0),
-        ("max_time", 0.0),
-    ],
-)
-def test_options_out_of_range_are_refused(option, value):
-    with pytest.raises(UserError, match=option):
-        small(**{option: value})
-
-
-@pytest.mark.parametrize(
-    ("option", "value"), [("seed", -1), ("max_length", "many"), ("max_steps", 2.5), ("compile", "si")]
-)
-def test_options_of_the_wrong_kind_are_refused(option, value):
-    with pytest.raises(UserError, match=option):
-        small(**{option: value})
-
-
-def test_yaml_numbers_become_numbers():
-    assert small(lr="1e-3", max_length="32").lr == 1e-3
-
-
-def test_config_files_are_read_and_checked(tmp_path):
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump({"max-steps": 5, "lr": 0.001}))
-    assert training.read_config(path) == {"max_steps": 5, "lr": 0.001}
-    path.write_text("max_stepz: 5")
-    with pytest.raises(UserError, match="max_stepz"):
-        training.read_config(path)
-    path.write_text("just words")
-    with pytest.raises(UserError, match="config"):
-        training.read_config(path)
-    with pytest.raises(UserError, match="cannot read"):
-        training.read_config(tmp_path / "none.yaml")

@@ -12,8 +12,8 @@ from embdiff.cli.train import Display, StopSignal
 from embdiff.errors import UserError
 
 if TYPE_CHECKING:
+    from embdiff.config import TrainConfig
     from embdiff.data import Corpus, Example
-    from embdiff.training import TrainConfig
 
 # What building the corpus and the tokenizer, sampling and drawing take beside training.
 OVERHEAD = 75.0
@@ -58,7 +58,7 @@ def quickstart(
 
 def recipe(max_time: float, seed: int) -> TrainConfig:
     """A model that says something after three minutes on two cores: small vocabulary, short texts, no checkpoints."""
-    from embdiff.training import TrainConfig
+    from embdiff.config import TrainConfig
 
     return TrainConfig(
         data="docstrings",

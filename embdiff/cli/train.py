@@ -75,25 +75,26 @@ def train(
 def run(options: dict[str, Any], config_file: Path | None, output: Path, resume: bool, overwrite: bool) -> None:
     """Merges the options (the run's own if resumed, then the file's, then the command line's), trains, reports."""
     quiet()
-    from embdiff import training
+    from embdiff.config import TrainConfig, read_config
+    from embdiff.training import train
 
     merged: dict[str, Any] = {}
     if resume and (output / "run.yaml").exists():
-        merged |= training.read_config(output / "run.yaml")
+        merged |= read_config(output / "run.yaml")
     if config_file is not None:
-        merged |= training.read_config(config_file)
+        merged |= read_config(config_file)
     if isinstance(merged.get("max_time"), str):
         merged["max_time"] = seconds(merged["max_time"])
     merged |= options
     if "data" not in merged:
         raise UserError("no data is named: give DATA, for instance `embdiff train docstrings --output DIR`")
     try:
-        config = training.TrainConfig(**merged)
+        config = TrainConfig(**merged)
     except TypeError as error:
         raise UserError(f"an option has a value of the wrong type: {error}") from error
 
     with StopSignal() as stop, Display() as display, stop.reported(display, output):
-        training.train(config, output, resume=resume, overwrite=overwrite, reporter=display, should_stop=stop)
+        train(config, output, resume=resume, overwrite=overwrite, reporter=display, should_stop=stop)
     display.note(f"model written to {output}")
     display.note(f"sample from it with: embdiff sample {output} --num-samples 5")
 

@@ -1,0 +1,53 @@
+"""What the benchmarks share: a model trained once, the machine in words, and where figures go."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from embdiff.cli.common import quiet
+from embdiff.cli.train import Display
+from embdiff.config import TrainConfig
+from embdiff.pipeline import TextDiffusionPipeline, load
+from embdiff.training import train
+
+
+def trained(output: Path, config: TrainConfig) -> TextDiffusionPipeline:
+    """The model of a run: finished before, continued where it was stopped, or trained from the start."""
+    quiet()
+    if not (output / "model_index.json").exists():
+        with Display() as display:
+            train(config, output, resume=(output / "run.yaml").exists(), reporter=display)
+    pipe = load(str(output))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def training_facts(output: Path, pipe: TextDiffusionPipeline) -> dict[str, Any]:
+    """How a model came about."""
+    state = json.loads((sorted((output / "checkpoints").glob("step-*"))[-1] / "state.json").read_text())
+    parameters = sum(p.numel() for p in pipe.denoiser.parameters())
+    return {"steps": state["step"], "seconds": round(state["seconds"]), "tokens": state["tokens"],
+            "parameters": parameters, "schedule": pipe.scheduler.noise_schedule.config()}  # fmt: skip
+
+
+def machine() -> str:
+    """The machine, as far as figures depend on it."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {device}"
+
+
+def write(path: Path, figures: dict[str, Any]) -> None:
+    """Prints the figures and keeps them, with the machine."""
+    text = json.dumps(figures | {"machine": machine()}, indent=1)
+    print(text)
+    path.write_text(text + "\n")
+
+
+def generators(start: int, count: int) -> list[torch.Generator]:
+    """One for each sample: seeds start .. start + count - 1."""
+    return [torch.Generator().manual_seed(seed) for seed in range(start, start + count)]

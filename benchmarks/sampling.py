@@ -1,0 +1,87 @@
+"""What the sampling defaults are worth: solvers, temperatures and ways to decide lengths, on a model without prompts.
+
+    python benchmarks/sampling.py runs/e2e DATA --samples 256
+
+MODEL is what e2e_text.py trained, DATA its folder. One option is changed at a time; samples are judged as there.
+Entropy grows with the number of samples, so the real text beside them is as many random lines.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import typer
+from common import machine
+from e2e_text import draw, judged
+
+from embdiff.cli.common import quiet
+from embdiff.evaluation.ngram import NGram
+from embdiff.pipeline import load
+from embdiff.schedulers import scheduler_class
+
+# What differs from the defaults of `embdiff sample`.
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.6},
+    {"temperature": 0.7},
+    {"temperature": 1.0},
+    {"length_bias": 0.0},
+    {"length_bias": 0.5},
+    {"length_bias": 1.5},
+    {"draw_length": False},
+    {"draw_length": False, "length_bias": 0.0},
+    {"scheduler": "ddim"},
+    {"scheduler": "dpm++"},
+    {"scheduler": "ddpm"},
+    {"scheduler": "ddpm", "temperature": 1.0, "draw_length": False, "length_bias": 0.0},
+]
+COLUMNS = ("cross_entropy", "unigram_entropy", "mean_words", "distinct_4")
+
+
+def main(
+    model: Path,
+    data: Path,
+    samples: int = 256,
+    steps: int = 32,
+    results: Path = Path("benchmarks/results/sampling.md"),
+) -> None:
+    """Writes a table in Markdown."""
+    quiet()
+    pipe = load(str(model))
+    pipe.set_progress_bar_config(disable=True)
+    trained = pipe.scheduler
+    train_lines, valid_lines = ((data / f"{part}.txt").read_text().splitlines() for part in ("train", "valid"))
+    judge = NGram.fit(train_lines, order=5, min_count=11)
+    rows = [("real text", judged(judge, random.Random(0).sample(valid_lines, samples)))]
+    for setting in SETTINGS:
+        options = dict(setting)
+        pipe.scheduler = scheduler_class(options.pop("scheduler", "renoise")).from_config(trained.config)
+        rows.append((describe(setting), judged(judge, draw(pipe, samples, steps, **options))))
+        print(rows[-1], flush=True)
+    results.write_text(table(rows, samples, steps))
+
+
+def describe(setting: dict[str, Any]) -> str:
+    """The setting in words."""
+    return ", ".join(f"{name} {value}" for name, value in setting.items()) or "defaults"
+
+
+def table(rows: list[tuple[str, dict[str, float]]], samples: int, steps: int) -> str:
+    """The whole page."""
+    lines = [
+        "# What the sampling defaults are worth",
+        "",
+        f"By `benchmarks/sampling.py`: the model of `e2e_text.json`, {samples} samples a setting, {steps} steps.",
+        f"Machine: {machine()}.",
+        "",
+        "| setting | 5-gram cross-entropy | unigram entropy | words | distinct 4-grams |",
+        "|---|---|---|---|---|",
+    ]
+    lines += ["| " + " | ".join([name, *(f"{figures[c]:.3f}" for c in COLUMNS)]) + " |" for name, figures in rows]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    typer.run(main)
