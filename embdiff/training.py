@@ -4,7 +4,7 @@ Everything random at step k is drawn from generators seeded with (seed, k), so a
 ends with the same weights as one that was never stopped.
 
     DIR/run.yaml               the configuration
-    DIR/log.jsonl              loss, speed and schedule over the steps
+    DIR/log.jsonl              loss, speed and schedule over the steps, and the validation bound now and then
     DIR/tokenizer/             the vocabulary, there from the start
     DIR/checkpoints/step-*/    training state, see `embdiff.checkpoint`
     DIR/model_index.json, denoiser/, scheduler/    the pipeline, there at the end
@@ -467,11 +467,14 @@ class Trainer:
             "schedule_beta": self.fit.schedule.beta,
         }
         if self.accelerator.is_main_process:
-            with (self.output / "log.jsonl").open("a") as log:
-                log.write(json.dumps(metrics) + "\n")
+            self._append(metrics)
             self.reporter.progress(metrics)
         if self.config.tracker:
             self.accelerator.log({k: metrics[k] for k in ("loss", "tokens_per_second", "schedule_mu")}, step=step)
+
+    def _append(self, metrics: dict[str, float]) -> None:
+        with (self.output / "log.jsonl").open("a") as log:
+            log.write(json.dumps(metrics) + "\n")
 
     def _over_processes(self, values: Tensor) -> Tensor:
         return cast(Tensor, self.accelerator.reduce(values)) if self.accelerator.num_processes > 1 else values
@@ -506,7 +509,9 @@ class Trainer:
             bound = losses.variational_bound(denoiser, batch, self.fit.schedule, generator, samples=2)
             nats = float(bound.total.sum() / self.valid_set.text_length[index].sum())
             previews = self._previews(denoiser) if self.config.previews else []
-        self.reporter.validation({"step": self.progress.step, "bound": nats}, previews)
+        metrics = {"step": self.progress.step, "bound": nats}
+        self._append(metrics)
+        self.reporter.validation(metrics, previews)
         if self.config.tracker:
             self.accelerator.log({"validation_bound": nats}, step=self.progress.step)
 
