@@ -22,6 +22,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import expit, logit
 from torch import Tensor
 
 from embdiff.errors import UserError
@@ -226,9 +227,129 @@ class GumbelSchedule(NoiseSchedule):
         return -self.beta / (t * np.log(t))
 
 
+@dataclass(frozen=True)
+class SigmoidSchedule(NoiseSchedule):
+    """alpha^2 falls like a sigmoid (Jabri et al. 2022, arXiv:2212.11972, algorithm 1, tau = 1).
+
+    With S the logistic function and v = start + (end - start) t,  alpha^2 = (S(end) - S(v)) / (S(end) - S(start)).
+    """
+
+    start: float = -3.0
+    end: float = 3.0
+    name: ClassVar[str] = "sigmoid"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.start < self.end:
+            raise UserError(f"start {self.start} must be below end {self.end}")
+
+    def _curve(self, t: Array) -> Array:
+        rise = expit(self.start + (self.end - self.start) * t)
+        return np.log(rise - expit(self.start)) - np.log(expit(self.end) - rise)
+
+    def _inverse(self, gamma: Array) -> Array:
+        lo, hi = expit(self.start), expit(self.end)
+        return (logit(lo + (hi - lo) * expit(gamma)) - self.start) / (self.end - self.start)
+
+    def _slope(self, t: Array) -> Array:
+        rise = expit(self.start + (self.end - self.start) * t)
+        density = rise * (1 - rise) * (self.end - self.start)
+        return density / (rise - expit(self.start)) + density / (expit(self.end) - rise)
+
+
+@dataclass(frozen=True)
+class LogLinearSchedule(NoiseSchedule):
+    """gamma linear in t: the log signal-to-noise ratio falls evenly (Kingma et al. 2021, arXiv:2107.00630)."""
+
+    name: ClassVar[str] = "log-linear"
+
+    def _curve(self, t: Array) -> Array:
+        return t
+
+    def _inverse(self, gamma: Array) -> Array:
+        return gamma
+
+    def _slope(self, t: Array) -> Array:
+        return np.ones_like(t)
+
+
+@dataclass(frozen=True)
+class KarrasSchedule(NoiseSchedule):
+    """(sigma / alpha)^(1 / rho) linear in t (Karras et al. 2022, arXiv:2206.00364, equation (5))."""
+
+    rho: float = 7.0
+    name: ClassVar[str] = "karras"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.rho > 0:
+            raise UserError(f"rho {self.rho} is out of range: give a number above 0, the paper's is 7")
+
+    def _curve(self, t: Array) -> Array:
+        return 2 * self.rho * np.log(t)
+
+    def _inverse(self, gamma: Array) -> Array:
+        return np.exp(gamma / (2 * self.rho))
+
+    def _slope(self, t: Array) -> Array:
+        return 2 * self.rho / t
+
+
+@dataclass(frozen=True)
+class TableSchedule(NoiseSchedule):
+    """Any rising curve, through given points: gamma `gammas[i]` at t `times[i]`, joined by monotone cubics (PCHIP).
+
+    times: rising from 0 to 1; empty = evenly spaced. The ends of the table are gamma_min and gamma_max.
+    """
+
+    gammas: tuple[float, ...] = (-8.0, 10.0)
+    times: tuple[float, ...] = ()
+    name: ClassVar[str] = "table"
+
+    def __post_init__(self) -> None:
+        gammas, times = tuple(map(float, self.gammas)), tuple(map(float, self.times))
+        object.__setattr__(self, "gammas", gammas)
+        object.__setattr__(self, "times", times or tuple(np.linspace(0.0, 1.0, len(gammas)).tolist()))
+        if len(gammas) < 2 or not np.all(np.diff(gammas) > 0) or not np.all(np.isfinite(gammas)):
+            raise UserError("the gammas of a table must be two or more finite numbers, each above the one before")
+        if len(self.times) != len(gammas) or not np.all(np.diff(self.times) > 0):
+            raise UserError(f"a table of {len(gammas)} gammas needs as many times, each above the one before")
+        if self.times[0] != 0.0 or self.times[-1] != 1.0:
+            raise UserError(f"the times of a table go from 0 to 1, not from {self.times[0]} to {self.times[-1]}")
+        object.__setattr__(self, "gamma_min", gammas[0])
+        object.__setattr__(self, "gamma_max", gammas[-1])
+
+    def _ends(self) -> tuple[float, float]:
+        return 0.0, 1.0
+
+    def _spline(self) -> Any:
+        from scipy.interpolate import PchipInterpolator
+
+        return PchipInterpolator(self.times, self.gammas)
+
+    def _curve(self, t: Array) -> Array:
+        return np.asarray(self._spline()(t))
+
+    def _slope(self, t: Array) -> Array:
+        return np.asarray(self._spline()(t, 1))
+
+    def _inverse(self, gamma: Array) -> Array:
+        spline = self._spline()
+        lo, hi = np.zeros_like(gamma), np.ones_like(gamma)
+        for _ in range(60):  # bisection, to the last bit of t
+            middle = 0.5 * (lo + hi)
+            below = spline(middle) < gamma
+            lo, hi = np.where(below, middle, lo), np.where(below, hi, middle)
+        return 0.5 * (lo + hi)
+
+
 SCHEDULES: dict[str, type[NoiseSchedule]] = {
-    cls.name: cls for cls in (LinearSchedule, CosineSchedule, SqrtSchedule, GumbelSchedule)
-}
+    cls.name: cls
+    for cls in (
+        LinearSchedule, CosineSchedule, SqrtSchedule, SigmoidSchedule, LogLinearSchedule, KarrasSchedule,
+        GumbelSchedule, TableSchedule,
+    )
+}  # fmt: skip
 
 
 def noise_schedule(spec: str | Mapping[str, Any] | NoiseSchedule) -> NoiseSchedule:

@@ -1,12 +1,13 @@
 """The scheduler base: every solver is a table of coefficients.
 
-    z' = a z + b x0 + c x0_prev + s eps,   eps ~ N(0, I)                                              (3)
+    z' = a z + b x0 + c x0_prev + d x0_prev2 + s eps,   eps ~ N(0, I)                                  (3)
 
-x0 is the denoiser's prediction at this step, x0_prev the one of the step before. A solver is a noise schedule and one
-method, `_rows`, that turns the levels gamma_0 > gamma_1 > .. > gamma_N into N rows (a, b, c, s). The table is made once
-in float64 by `set_timesteps`; `step` applies a row and reads nothing from the device.
+x0 is the denoiser's prediction at this step, x0_prev and x0_prev2 those of the one and two steps before. A solver is a
+noise schedule and one method, `_rows`, that turns the levels gamma_0 > gamma_1 > .. > gamma_N into N rows. The table
+is made once in float64 by `set_timesteps`; `step` applies a row and reads nothing from the device.
 
-gamma_N = -inf: the last row always lands on the prediction itself (0, 1, 0, 0).
+gamma_N = -inf: the last row always lands on the prediction itself, z' = x0. One row is one evaluation of the denoiser.
+A solver that evaluates more than once between two levels has more rows than levels and overrides `_plan`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,8 +28,25 @@ from torch import Tensor
 from embdiff.errors import UserError
 from embdiff.noise import Array, NoiseSchedule, corrupt, noise_schedule, velocity
 
-Row = tuple[float, float, float, float]
-TO_X0: Row = (0.0, 1.0, 0.0, 0.0)
+
+class Row(NamedTuple):
+    """The coefficients of equation (3)."""
+
+    a: float
+    b: float
+    c: float = 0.0
+    d: float = 0.0
+    s: float = 0.0
+
+
+class Step(NamedTuple):
+    """Evaluate the denoiser at level gamma, then apply the row."""
+
+    gamma: float
+    row: Row
+
+
+TO_X0 = Row(0.0, 1.0)
 Generators = torch.Generator | list[torch.Generator] | None
 
 
@@ -41,7 +59,7 @@ class SchedulerOutput(BaseOutput):  # type: ignore[misc]
 
 
 class Level:
-    """alpha, sigma and lambda = log(alpha / sigma) = -gamma / 2 of one noise level, in float64."""
+    """One noise level in float64: alpha, sigma, their ratio sigma / alpha, and lambda = log(alpha / sigma)."""
 
     def __init__(self, gamma: float) -> None:
         self.gamma = gamma
@@ -49,6 +67,7 @@ class Level:
         self.alpha = math.exp(-0.5 * np.logaddexp(0.0, gamma))
         self.sigma = math.exp(-0.5 * np.logaddexp(0.0, -gamma))
         self.lam = -0.5 * gamma
+        self.ratio = math.exp(0.5 * gamma)
 
 
 class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
@@ -58,9 +77,19 @@ class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         num_train_timesteps: the scale of timesteps; models are conditioned on gamma, so it is only a unit.
         noise_schedule: a name or a config (see `embdiff.noise`); a trained model's scheduler holds its fitted one.
         prediction_type: "sample" only: the model predicts x0.
+        nodes: the noise schedule whose even quantiles are the sampling levels; None = `noise_schedule`, so levels
+            are even in t. "karras" gives Karras' nodes, a table those of `embdiff tune-steps`.
     """
 
-    _compatibles = ["DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler"]  # noqa: RUF012
+    _compatibles = [  # noqa: RUF012
+        "DDIMScheduler",
+        "DDPMScheduler",
+        "DPMSolverMultistepScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "EulerDiscreteScheduler",
+        "HeunDiscreteScheduler",
+        "UniPCMultistepScheduler",
+    ]
     order = 1
 
     @register_to_config  # type: ignore[untyped-decorator]
@@ -69,19 +98,33 @@ class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         num_train_timesteps: int = 1000,
         noise_schedule: str | Mapping[str, Any] = "gumbel",
         prediction_type: str = "sample",
+        nodes: str | Mapping[str, Any] | None = None,
     ) -> None:
         if prediction_type != "sample":
             raise UserError(f"prediction_type {prediction_type!r}: embdiff models predict x0, use 'sample'")
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
         self._begin_index: int | None = None
-        self._set_levels(num_train_timesteps)
+        self._follow(self._plan(min(num_train_timesteps, 1000)))
 
     # ------------------------------------------------------------------------------------------ the solver
 
     def _rows(self, levels: list[Level]) -> list[Row]:
-        """N - 1 rows from N falling levels: row k leads from level k to level k + 1."""
+        """n - 1 rows from n falling levels: row k leads from level k to level k + 1."""
         raise NotImplementedError
+
+    def _plan(self, evaluations: int) -> list[Step]:
+        """That many evaluations, the last of which lands on its prediction."""
+        levels = self._levels(evaluations)
+        rows = [*self._rows(levels), TO_X0]
+        return [Step(level.gamma, row) for level, row in zip(levels, rows, strict=True)]
+
+    def _levels(self, n: int) -> list[Level]:
+        """n levels at the node schedule's quantiles 1, 1 - 1 / n, .., 1 / n."""
+        gammas = self.node_schedule.gamma(1.0 - np.arange(n) / n)
+        if np.any(np.diff(gammas.astype(np.float32)) >= 0):
+            raise UserError(f"{n} steps are more than the {self.node_schedule.name} schedule resolves: take fewer")
+        return [Level(float(gamma)) for gamma in gammas]
 
     # ---------------------------------------------------------------------------------- diffusers' contract
 
@@ -90,26 +133,39 @@ class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """The schedule that maps t to gamma."""
         return noise_schedule(self.config.noise_schedule)
 
+    @property
+    def node_schedule(self) -> NoiseSchedule:
+        """The schedule whose quantiles are the sampling levels; its range is the noise schedule's if it has none."""
+        spec, own = self.config.nodes, self.noise_schedule
+        if spec is None:
+            return own
+        spec = {"name": spec} if isinstance(spec, str) else dict(spec)
+        if spec.get("name") == own.name:
+            return noise_schedule(own.config() | spec)
+        return noise_schedule({"gamma_min": own.gamma_min, "gamma_max": own.gamma_max} | spec)
+
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Chooses the noise levels, uniform in t from 1 down to 1 / N, and compiles the table."""
+        """Chooses the noise levels and compiles the table: one row for each evaluation of the denoiser.
+
+        Raises:
+            UserError: fewer than 1 step, no whole number, or more steps than the schedule resolves.
+        """
         if isinstance(num_inference_steps, bool) or int(num_inference_steps) != num_inference_steps:
             raise UserError(f"steps must be a whole number, got {num_inference_steps!r}")
         if num_inference_steps < 1:
             raise UserError(f"steps must be at least 1, got {num_inference_steps}")
         self.num_inference_steps = int(num_inference_steps)
         self._begin_index = None
-        self._set_levels(self.num_inference_steps, device)
+        self._follow(self._plan(self.num_inference_steps), device)
 
-    def _set_levels(self, n: int, device: str | torch.device | None = None) -> None:
-        times = 1.0 - np.arange(n) / n
-        gamma = self.noise_schedule.gamma(times)
-        rows = [*self._rows([Level(float(g)) for g in gamma]), TO_X0]
-        self._times: Array = times
-        self._table = rows
-        self.gammas = torch.tensor(gamma, dtype=torch.float32, device=device)
-        self.timesteps = torch.tensor(times * self.config.num_train_timesteps, dtype=torch.float32, device=device)
+    def _follow(self, plan: list[Step], device: str | torch.device | None = None) -> None:
+        gammas = np.array([step.gamma for step in plan])
+        self._times: Array = self.noise_schedule.t(gammas)
+        self._table = [step.row for step in plan]
+        self.gammas = torch.tensor(gammas, dtype=torch.float32, device=device)
+        self.timesteps = torch.tensor(self._times * self.config.num_train_timesteps, dtype=torch.float32, device=device)
         self._step_index: int | None = None
-        self._x0_prev: Tensor | None = None
+        self._history: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def step(
         self,
@@ -121,29 +177,32 @@ class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
         """Applies the next row of the table, equation (3).
 
-        The first call after `set_timesteps` looks up `timestep` (the nearest one on the schedule); later calls follow
-        the table in order, as diffusers' multistep solvers do.
+        The first call after `set_timesteps` looks up `timestep`, on the schedule or off it: the nearest row. Later
+        calls follow the table in order whatever they name, as diffusers' multistep solvers do, and after the last row
+        the next call looks up again.
 
         Args:
             model_output: x0 [B, L, D]. sample: z [B, L, D]. generator: one, or one for each of the B samples.
         """
-        if self._step_index is None:
-            self._step_index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
-        index = min(self._step_index, len(self._table) - 1)
-        a, b, c, s = self._table[index]
-        x0 = model_output
-        prev = b * x0
-        if a:
-            prev = prev + a * sample
-        if c:
-            # Entered in the middle of the table there is no previous prediction: this one stands in for it.
-            prev = prev + c * (x0 if self._x0_prev is None else self._x0_prev)
+        index = self._step_index
+        if index is None:
+            index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
+            self._history = (None, None)
+        a, b, c, d, s = self._table[index]
+        prev = (sample * a).add_(model_output, alpha=b) if a else model_output.to(sample.dtype) * b
+        if c or d:
+            # Entered in the middle of the table there are no previous predictions: this one stands in for them.
+            before, before_that = self._history
+            before = model_output if before is None else before
+            prev.add_(before, alpha=c)
+            if d:
+                prev.add_(before if before_that is None else before_that, alpha=d)
         if s:
-            noise = randn_tensor(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
-            prev = prev + s * noise
-        self._x0_prev = x0
-        self._step_index = index + 1
-        return SchedulerOutput(prev, x0) if return_dict else (prev, x0)
+            noise = randn_tensor(prev.shape, generator=generator, device=prev.device, dtype=prev.dtype)
+            prev.add_(noise, alpha=s)
+        self._history = (model_output, self._history[0])
+        self._step_index = index + 1 if index + 1 < len(self._table) else None
+        return SchedulerOutput(prev, model_output) if return_dict else (prev, model_output)
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
         """z as it is: latents are variance preserving."""

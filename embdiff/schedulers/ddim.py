@@ -21,7 +21,7 @@ def ddim_row(now: Level, to: Level, eta: float) -> Row:
     """
     s = eta * to.sigma / now.sigma * math.sqrt(max(0.0, -math.expm1(2 * math.log(now.alpha / to.alpha))))
     a = math.sqrt(max(0.0, to.sigma**2 - s**2)) / now.sigma
-    return a, to.alpha - a * now.alpha, 0.0, s
+    return Row(a, to.alpha - a * now.alpha, s=s)
 
 
 class DDIMScheduler(EmbeddingScheduler):
@@ -36,14 +36,16 @@ class DDIMScheduler(EmbeddingScheduler):
         num_train_timesteps: int = 1000,
         noise_schedule: str | Mapping[str, Any] = "gumbel",
         prediction_type: str = "sample",
+        nodes: str | Mapping[str, Any] | None = None,
         eta: float = 0.0,
     ) -> None:
         if not 0.0 <= eta <= 1.0:
             raise UserError(f"eta {eta} is out of range: choose 0 (deterministic) to 1 (ancestral)")
         # By name: diffusers takes values given by position for defaults, and drops them in from_config.
         super().__init__(
-            num_train_timesteps=num_train_timesteps, noise_schedule=noise_schedule, prediction_type=prediction_type
-        )
+            num_train_timesteps=num_train_timesteps, noise_schedule=noise_schedule, prediction_type=prediction_type,
+            nodes=nodes,
+        )  # fmt: skip
 
     def _rows(self, levels: list[Level]) -> list[Row]:
         return [ddim_row(now, to, self.config.eta) for now, to in pairwise(levels)]

@@ -1,4 +1,4 @@
-"""DPM-Solver++(2M)."""
+"""DPM-Solver++: exponential multistep solvers of second and third order, for the ODE and the SDE."""
 
 from __future__ import annotations
 
@@ -9,23 +9,72 @@ from embdiff.schedulers.base import EmbeddingScheduler, Level, Row
 
 
 class DPMSolverScheduler(EmbeddingScheduler):
-    """DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2): second order with one evaluation a step.
+    """DPM-Solver++(2M): one evaluation a step (Lu et al. 2022, arXiv:2211.01095).
 
-    With lambda = log(alpha / sigma), h_k = lambda_{k+1} - lambda_k and r = h_{k-1} / h_k,
+    With lambda = log(alpha / sigma), h = lambda' - lambda and k = (1 + eta) h, a step solves the linear part exactly
+    and integrates a polynomial through the last predictions:
 
-        D  = (1 + 1 / 2r) x0 - (1 / 2r) x0_prev
-        z' = sigma' / sigma z - alpha' (e^{-h} - 1) D.
+        z' = (sigma' / sigma) e^{-eta h} z + alpha' (1 - e^{-k}) x0 + .. + sigma' sqrt(1 - e^{-2 eta h}) eps.
 
-    The first step has no previous prediction and is of first order (D = x0).
+    eta = 0 is the probability-flow ODE (algorithm 2 of the paper), eta = 1 the reverse SDE. The first step has no
+    previous prediction and is of first order, the second at most of second.
     """
 
+    solver_order = 2
+    eta = 0.0
+
     def _rows(self, levels: list[Level]) -> list[Row]:
-        rows: list[Row] = []
-        h_prev = None
+        rows, steps = list[Row](), list[float]()
         for now, to in pairwise(levels):
-            h = to.lam - now.lam
-            step = -to.alpha * math.expm1(-h)
-            extrapolation = 0.0 if h_prev is None else 0.5 * h / h_prev
-            rows.append((to.sigma / now.sigma, step * (1 + extrapolation), -step * extrapolation, 0.0))
-            h_prev = h
+            steps.append(to.lam - now.lam)
+            h, eta = steps[-1], self.eta
+            past = [size / h for size in steps[-2::-1][: self.solver_order - 1]]
+            weights = multistep_weights((1 + eta) * h, past)
+            noise = to.sigma * math.sqrt(-math.expm1(-2 * eta * h))
+            rows.append(Row(to.sigma / now.sigma * math.exp(-eta * h), *(to.alpha * w for w in weights), s=noise))
         return rows
+
+
+class DPMSolver3Scheduler(DPMSolverScheduler):
+    """DPM-Solver++(3M)."""
+
+    solver_order = 3
+
+
+class DPMSolverSDEScheduler(DPMSolverScheduler):
+    """DPM-Solver++(2M) for the SDE."""
+
+    eta = 1.0
+
+
+class DPMSolver3SDEScheduler(DPMSolverScheduler):
+    """DPM-Solver++(3M) for the SDE."""
+
+    solver_order = 3
+    eta = 1.0
+
+
+def multistep_weights(k: float, past: list[float]) -> tuple[float, float, float]:
+    """The weights of x0, x0_prev and x0_prev2 over alpha'. past: the step sizes before this one, over this one.
+
+    With D1 the slope at x0 in units of this step and D2 half the second derivative,
+
+        second order   phi1 (x0 + D1 / 2)                  arXiv:2211.01095, algorithm 2
+        third order    phi1 x0 + phi2 D1 + psi D2          the integral of the parabola through three predictions
+        phi1 = 1 - e^{-k},   phi2 = 1 - phi1 / k,   psi = 1 - 2 phi2 / k.
+
+    The published third-order code weights D2 by psi / 2 (`multistep_dpm_solver_third_update`), with which the error
+    falls with the square of the step only.
+    """
+    phi1 = -math.expm1(-k)
+    if not past:
+        return phi1, 0.0, 0.0
+    if len(past) == 1:
+        half = 0.5 * phi1 / past[0]
+        return phi1 + half, -half, 0.0
+    r, q = past
+    phi2 = 1 - phi1 / k
+    psi = 1 - 2 * phi2 / k
+    # u = (x0 - x0_prev) / r and v = (x0_prev - x0_prev2) / q give D1 = u + r / (r + q) (u - v), D2 = (u - v) / (r + q).
+    bend = (phi2 * r + psi) / (r + q)
+    return phi1 + (phi2 + bend) / r, -(phi2 + bend) / r - bend / q, bend / q

@@ -12,4 +12,4 @@ class RenoiseScheduler(EmbeddingScheduler):
     """
 
     def _rows(self, levels: list[Level]) -> list[Row]:
-        return [(0.0, to.alpha, 0.0, to.sigma) for to in levels[1:]]
+        return [Row(0.0, to.alpha, s=to.sigma) for to in levels[1:]]
