@@ -245,16 +245,16 @@ class SigmoidSchedule(NoiseSchedule):
 
     def _curve(self, t: Array) -> Array:
         rise = expit(self.start + (self.end - self.start) * t)
-        return np.log(rise - expit(self.start)) - np.log(expit(self.end) - rise)
+        return np.asarray(np.log(rise - expit(self.start)) - np.log(expit(self.end) - rise))
 
     def _inverse(self, gamma: Array) -> Array:
         lo, hi = expit(self.start), expit(self.end)
-        return (logit(lo + (hi - lo) * expit(gamma)) - self.start) / (self.end - self.start)
+        return np.asarray((logit(lo + (hi - lo) * expit(gamma)) - self.start) / (self.end - self.start))
 
     def _slope(self, t: Array) -> Array:
         rise = expit(self.start + (self.end - self.start) * t)
         density = rise * (1 - rise) * (self.end - self.start)
-        return density / (rise - expit(self.start)) + density / (expit(self.end) - rise)
+        return np.asarray(density / (rise - expit(self.start)) + density / (expit(self.end) - rise))
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from embdiff.batches import Prompts
 from embdiff.denoiser import Context, Denoiser
 from embdiff.errors import UserError
 from embdiff.guidance import ClassifierFreeGuidance, Guidance
-from embdiff.schedulers import EmbeddingScheduler
+from embdiff.noise import GumbelSchedule
+from embdiff.schedulers import EmbeddingScheduler, adapted
 
 Callback = Callable[["TextDiffusionPipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
 
@@ -45,16 +46,23 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     Args:
         denoiser, tokenizer: what `embdiff train` made.
-        scheduler: any `EmbeddingScheduler`; assign another one to `pipe.scheduler` at any time.
+        scheduler: any `EmbeddingScheduler`, or one of diffusers' own (see `embdiff.schedulers.foreign`); assign another
+            one to `pipe.scheduler` at any time.
     """
 
     denoiser: Denoiser
     tokenizer: PreTrainedTokenizerBase
-    scheduler: EmbeddingScheduler
+    scheduler: Any
 
-    def __init__(self, denoiser: Denoiser, tokenizer: PreTrainedTokenizerBase, scheduler: EmbeddingScheduler) -> None:
+    def __init__(self, denoiser: Denoiser, tokenizer: PreTrainedTokenizerBase, scheduler: Any) -> None:
         super().__init__()
         self.register_modules(denoiser=denoiser, tokenizer=tokenizer, scheduler=scheduler)
+        # Where lengths are decided is the model's affair, whatever scheduler is assigned later.
+        self._fitted = (
+            scheduler.noise_schedule
+            if isinstance(scheduler, EmbeddingScheduler)
+            else GumbelSchedule.initial(denoiser.dim, len(tokenizer))
+        )
 
     @torch.no_grad()
     def __call__(
@@ -108,11 +116,7 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         prompts: list[str | None] = [prompt] if prompt is None or isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise UserError("the list of prompts is empty: give one or more, or None")
-        if not isinstance(self.scheduler, EmbeddingScheduler):
-            raise UserError(
-                f"scheduler {type(self.scheduler).__name__} is none of embdiff's: assign one of embdiff.schedulers, "
-                "made with from_config(pipe.scheduler.config)"
-            )
+        solver = adapted(self.scheduler)
         length = self._length(max_length)
         if num_samples < 1:
             raise UserError(f"num_samples {num_samples} is too few: ask for at least 1")
@@ -127,9 +131,9 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         modules = [ClassifierFreeGuidance(guidance_scale), *guidance]
         contexts = self._contexts(prompts, negative_prompt, num_samples)
 
-        self.scheduler.set_timesteps(num_inference_steps, device=self.device)
-        self.scheduler.set_begin_index(0)
-        z = self._initial_noise(generators, length) * self.scheduler.init_noise_sigma
+        solver.set_timesteps(num_inference_steps, device=self.device)
+        solver.set_begin_index(0)
+        z = self._initial_noise(generators, length) * solver.init_noise_sigma
         quantile = self._uniform(generators) if draw_length else None
         predictor = Predictor(
             self.denoiser,
@@ -138,15 +142,15 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
             temperature,
             self._kept_tokens(),
             quantile,
-            draw_above=float(self.scheduler.noise_schedule.gamma(DRAW_LENGTH_ABOVE)),
+            draw_above=float(self._fitted.gamma(DRAW_LENGTH_ABOVE)),
             length_bias=length_bias,
         )
         x0 = torch.zeros_like(z)
-        gammas = [float(g) for g in self.scheduler.gammas.cpu()]
+        gammas: list[float] = solver.gammas.tolist()
         with self.progress_bar(total=len(gammas)) as progress:
-            for i, t in enumerate(self.scheduler.timesteps):
-                x0 = predictor(self.scheduler.scale_model_input(z, t), gammas[i], x0)
-                z = self.scheduler.step(x0, t, z, generator=generators, return_dict=False)[0]
+            for i, t in enumerate(solver.timesteps):
+                x0 = predictor(solver.scale_model_input(z, t), gammas[i], x0)
+                z = solver.step(x0, t, z, generator=generators, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     changed = callback_on_step_end(self, i, t, {"latents": z, "x0": x0})
                     z = (changed or {}).get("latents", z)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from embdiff import DDIMScheduler, TextDiffusionPipeline, UserError, ops
 from embdiff.denoiser import Denoiser
 from embdiff.pipeline import Predictor, load
-from embdiff.schedulers import SCHEDULERS
+from embdiff.schedulers import SCHEDULERS, to_diffusers
 
 
 def seeds(*values):
@@ -147,11 +147,22 @@ def test_bad_arguments_are_named(pipe, options, cause):
         pipe(**options)
 
 
-def test_a_scheduler_of_another_kind_is_refused_with_the_reason(pipe):
-    from diffusers import DDIMScheduler as Foreign
+def test_diffusers_own_schedulers_sample_too(pipe):
+    """The same steps from the same config; 10 divides their 1,000 timesteps."""
+    options = {"num_inference_steps": 10, "num_samples": 4, "output_type": "seq"}
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    ours = pipe(generator=torch.Generator().manual_seed(0), **options).sequences
+    pipe.scheduler = to_diffusers(pipe.scheduler)
+    assert type(pipe.scheduler).__module__.startswith("diffusers")
+    theirs = pipe(generator=torch.Generator().manual_seed(0), **options).sequences
+    assert (ours == theirs).float().mean() > 0.95
 
-    pipe.scheduler = Foreign()
-    with pytest.raises(UserError, match="none of embdiff's"):
+
+def test_an_unfit_scheduler_is_refused_with_the_reason(pipe):
+    from diffusers import UnCLIPScheduler
+
+    pipe.scheduler = UnCLIPScheduler()
+    with pytest.raises(UserError, match="UnCLIPScheduler can't sample from embdiff models: its samples hold"):
         pipe()
 
 

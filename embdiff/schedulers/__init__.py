@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any, cast
+
 from diffusers import SchedulerMixin
 
 from embdiff.errors import UserError
@@ -15,6 +18,7 @@ from embdiff.schedulers.dpm_solver import (
     DPMSolverSDEScheduler,
 )
 from embdiff.schedulers.euler import EulerAncestralScheduler, EulerScheduler
+from embdiff.schedulers.foreign import adapted
 from embdiff.schedulers.heun import ChurnScheduler, HeunScheduler
 from embdiff.schedulers.renoise import RenoiseScheduler
 from embdiff.schedulers.unipc import UniPCScheduler
@@ -47,6 +51,62 @@ def scheduler_class(name: str) -> type[EmbeddingScheduler]:
     return SCHEDULERS[name]
 
 
+# Whose steps each solver takes. diffusers' third order keeps its own coefficients, see `embdiff.schedulers.dpm_solver`.
+DIFFUSERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler-a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    "dpm++3m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 3}),
+    "dpm++sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}),
+    "dpm++3m-sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}),
+    "unipc": ("UniPCMultistepScheduler", {"solver_order": 2, "solver_type": "bh2"}),
+}
+
+
+def to_diffusers(scheduler: EmbeddingScheduler, cls: type[Any] | None = None) -> Any:
+    """A diffusers scheduler with the noise schedule of ours; of its own counterpart, or of any class with betas.
+
+    Raises:
+        UserError: diffusers has no such solver, or the class has no betas.
+    """
+    import diffusers
+
+    name = next(name for name, ours in SCHEDULERS.items() if type(scheduler) is ours)
+    counterpart, options = DIFFUSERS.get(name, ("", {}))
+    if cls is None:
+        if not counterpart:
+            raise UserError(
+                f"diffusers has no counterpart of {name}: name one of its classes to keep the noise schedule"
+            )
+        cls = getattr(diffusers, counterpart)
+    if "trained_betas" not in inspect.signature(cls.__init__).parameters:
+        raise UserError(
+            f"{cls.__name__} has no betas, so it can't follow another noise schedule: take a class that does"
+        )
+    return cls.from_config(scheduler.config, **(options if cls.__name__ == counterpart else {}))
+
+
+def from_diffusers(scheduler: Any) -> EmbeddingScheduler:
+    """Our scheduler with the solver and the noise schedule of a diffusers one.
+
+    Raises:
+        UserError: we have no such solver, or the scheduler has no betas.
+    """
+    config = scheduler.config
+    for name, (counterpart, options) in DIFFUSERS.items():
+        wanted = {k: options[k] for k in ("algorithm_type", "solver_order") if k in options}
+        if type(scheduler).__name__ == counterpart and all(config.get(k) == v for k, v in wanted.items()):
+            karras = {"nodes": "karras"} if config.get("use_karras_sigmas") else {}
+            return cast(EmbeddingScheduler, SCHEDULERS[name].from_config(config, **karras))
+    names = ", ".join(sorted({counterpart for counterpart, _ in DIFFUSERS.values()}))
+    raise UserError(
+        f"{type(scheduler).__name__} has no counterpart in embdiff: assign it as it is, or take one of {names}"
+    )
+
+
 __all__ = [
     "SCHEDULERS",
     "ChurnScheduler",
@@ -64,5 +124,8 @@ __all__ = [
     "SchedulerMixin",
     "SchedulerOutput",
     "UniPCScheduler",
+    "adapted",
+    "from_diffusers",
     "scheduler_class",
+    "to_diffusers",
 ]

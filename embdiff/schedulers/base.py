@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from embdiff.errors import UserError
-from embdiff.noise import Array, NoiseSchedule, corrupt, noise_schedule, velocity
+from embdiff.noise import Array, NoiseSchedule, TableSchedule, corrupt, noise_schedule, velocity
 
 
 class Row(NamedTuple):
@@ -56,6 +56,16 @@ class SchedulerOutput(BaseOutput):  # type: ignore[misc]
 
     prev_sample: Tensor
     pred_original_sample: Tensor | None = None
+
+
+# How diffusers' classes are told to sample as ours do: levels even in t from t = 1 on, nothing clipped.
+NEUTRAL = {
+    "clip_sample": False,
+    "thresholding": False,
+    "timestep_spacing": "trailing",
+    "set_alpha_to_one": True,
+    "final_sigmas_type": "zero",
+}
 
 
 class Level:
@@ -127,6 +137,28 @@ class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return [Level(float(gamma)) for gamma in gammas]
 
     # ---------------------------------------------------------------------------------- diffusers' contract
+
+    @property
+    def config(self) -> Any:
+        """The options, and beside them what diffusers' classes need in their `from_config` to mean the same.
+
+        That is a discrete noise schedule, clipping off, and x0 as the prediction. `_use_default_values` is empty, for
+        what it names diffusers replaces by the other class's defaults.
+        """
+        own = dict(self._internal_dict)
+        known = getattr(self, "_whole", None)
+        if known is None or known[0] != own:
+            extra = {"trained_betas": betas(noise_schedule(own["noise_schedule"]), own["num_train_timesteps"])}
+            known = self._whole = (own, FrozenDict(own | extra | NEUTRAL | {"_use_default_values": []}))
+        return known[1]
+
+    @classmethod
+    def from_config(cls, config: Any = None, **kwargs: Any) -> Any:
+        """A scheduler from the config of another one, ours or diffusers', with its noise schedule."""
+        if isinstance(config, Mapping) and "noise_schedule" not in config and "beta_schedule" in config:
+            kwargs.setdefault("noise_schedule", schedule_of_betas(config).config())
+            config = {"num_train_timesteps": config["num_train_timesteps"]}
+        return super().from_config(config, **kwargs)
 
     @property
     def noise_schedule(self) -> NoiseSchedule:
@@ -243,3 +275,23 @@ class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def __len__(self) -> int:
         return int(self.config.num_train_timesteps)
+
+
+def betas(schedule: NoiseSchedule, steps: int) -> list[float]:
+    """The discrete schedule of diffusers: beta_i = 1 - alpha^2(t_i) / alpha^2(t_{i-1}) at t_i = (i + 1) / steps."""
+    gamma = schedule.gamma(np.arange(1, steps + 1) / steps)
+    kept = 1 / (1 + np.exp(gamma))
+    result: list[float] = (1 - kept / np.concatenate([[1.0], kept[:-1]])).tolist()
+    return result
+
+
+def schedule_of_betas(config: Mapping[str, Any]) -> TableSchedule:
+    """The noise schedule of a diffusers config, as a table: the inverse of `betas` at its points."""
+    import diffusers
+
+    cls = getattr(diffusers, str(config.get("_class_name")), diffusers.DDIMScheduler)
+    kept = cls.from_config(config).alphas_cumprod.double().numpy()
+    gamma = np.log1p(-kept) - np.log(kept.clip(min=1e-9))
+    # t = 0 is not in their tables: one step further the same way.
+    gammas = [2 * gamma[0] - gamma[1], *gamma]
+    return TableSchedule(gammas=tuple(gammas), times=tuple(np.arange(len(gammas)) / len(kept)))

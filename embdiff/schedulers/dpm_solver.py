@@ -29,9 +29,9 @@ class DPMSolverScheduler(EmbeddingScheduler):
             steps.append(to.lam - now.lam)
             h, eta = steps[-1], self.eta
             past = [size / h for size in steps[-2::-1][: self.solver_order - 1]]
-            weights = multistep_weights((1 + eta) * h, past)
+            b, c, d = (to.alpha * weight for weight in multistep_weights((1 + eta) * h, past))
             noise = to.sigma * math.sqrt(-math.expm1(-2 * eta * h))
-            rows.append(Row(to.sigma / now.sigma * math.exp(-eta * h), *(to.alpha * w for w in weights), s=noise))
+            rows.append(Row(to.sigma / now.sigma * math.exp(-eta * h), b, c, d, noise))
         return rows
 
 

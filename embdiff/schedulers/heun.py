@@ -27,8 +27,9 @@ def trapezoid_row(now: Level, to: Level) -> Row:
 def noised(row: Row, at: Level, up: Level) -> Row:
     """A row that lands on `at`, then adds noise up to the level `up`: z'' = (alpha'' / alpha') z' + .. eps."""
     keep = up.alpha / at.alpha
+    a, b, c, d = (keep * weight for weight in row[:4])
     s = math.sqrt((keep * row.s) ** 2 + max(0.0, up.sigma**2 - (keep * at.sigma) ** 2))
-    return Row(*(keep * weight for weight in row[:4]), s)
+    return Row(a, b, c, d, s)
 
 
 class HeunScheduler(EmbeddingScheduler):

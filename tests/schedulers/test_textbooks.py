@@ -41,7 +41,7 @@ class Problem:
         self.scheduler.set_timesteps(self.steps)
         z, plan = torch.from_numpy(self.start), self.scheduler._plan(self.steps)
         noise = iter(torch.from_numpy(self.noise))
-        with mock.patch("embdiff.schedulers.base.randn_tensor", lambda *args, **kwargs: next(noise)):
+        with mock.patch("embdiff.schedulers.base.randn_tensor", side_effect=noise):
             for (gamma, _), t in zip(plan, self.scheduler.timesteps, strict=True):
                 z = self.scheduler.step(torch.from_numpy(self.x0(z.numpy(), gamma)), t, z).prev_sample
         return z.numpy()

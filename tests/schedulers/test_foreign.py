@@ -1,0 +1,151 @@
+"""diffusers' schedulers under our models, and configs that go both ways."""
+
+import inspect
+
+import diffusers.schedulers
+import pytest
+import torch
+from diffusers.utils import logging as diffusers_logging
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embdiff.errors import UserError
+from embdiff.schedulers import DIFFUSERS, SCHEDULERS, DDIMScheduler, adapted, from_diffusers, to_diffusers
+from embdiff.schedulers.foreign import ForeignScheduler
+
+diffusers_logging.set_verbosity_error()
+NOISE = {"name": "cosine", "gamma_min": -6.0, "gamma_max": 8.0}
+# What diffusers has for latents that are tensors of numbers; the others are for tokens, masks, two inputs or one paper.
+WORKING = (
+    *("CogVideoXDDIM", "DDIM", "DDIMParallel", "DDPM", "DDPMParallel", "DEISMultistep", "DPMSolverMultistep"),
+    *("DPMSolverSinglestep", "EDMDPMSolverMultistep", "EDMEuler", "EulerAncestralDiscrete", "EulerDiscrete"),
+    *("FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete", "HeunDiscrete", "KDPM2AncestralDiscrete", "KDPM2Discrete"),
+    *("LCM", "LMSDiscrete", "PNDM", "SASolver", "TCD", "UniPCMultistep"),
+)
+REFUSED = ("DDIMInverse", "DDPMWuerstchen", "DiscreteDDIM", "KarrasVe", "RePaint", "UnCLIP")
+
+
+def foreign(name: str):
+    cls = getattr(diffusers.schedulers, f"{name}Scheduler", None)
+    if cls is None:
+        pytest.skip(f"this diffusers has no {name}Scheduler")
+    return cls()
+
+
+def curve(z, gamma):
+    """A prediction that is far from linear in z, and depends on the level."""
+    return torch.tanh(1.5 * z + 0.2 * gamma)
+
+
+def end(scheduler, predict, start, steps, seed=0):
+    """Where a scheduler's run ends."""
+    solver = adapted(scheduler)
+    solver.set_timesteps(steps)
+    solver.set_begin_index(0)
+    sample = start * solver.init_noise_sigma
+    generator = torch.Generator().manual_seed(seed)
+    for gamma, t in zip(solver.gammas, solver.timesteps, strict=True):
+        x0 = predict(solver.scale_model_input(sample, t), gamma)
+        sample = solver.step(x0, t, sample, generator=generator, return_dict=False)[0]
+    return sample
+
+
+@pytest.mark.parametrize("name", WORKING)
+@pytest.mark.parametrize("steps", [4, 20])
+def test_a_foreign_scheduler_ends_at_the_true_x0(name, steps):
+    x = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(1))
+    start = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+    reached = end(foreign(name), lambda z, gamma: x, start, steps)
+    assert (reached - x).square().mean().sqrt() < 1e-3
+
+
+@pytest.mark.parametrize("name", WORKING)
+def test_a_foreign_scheduler_shows_the_model_what_its_gamma_says(name):
+    """z = alpha x + sigma eps with alpha^2 + sigma^2 = 1 at every call."""
+    x = 2 * torch.ones(1, 32, 64)
+    start = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+    seen = []
+
+    def predict(z, gamma):
+        alpha, sigma = torch.sigmoid(-gamma).sqrt(), torch.sigmoid(gamma).sqrt()
+        seen.append((((z - alpha * x) / sigma).square().mean().sqrt().item(), gamma.item()))
+        return x
+
+    end(foreign(name), predict, start, 20)
+    # Pure noise stands for the first sample, which lacks alpha x; below, the noise is as strong as gamma says.
+    assert all(0.8 < noise < 1.25 for noise, gamma in seen if gamma < 3)
+    assert len({gamma for _, gamma in seen}) > 10
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_one_that_cannot_be_right_is_refused_with_the_reason(name):
+    with pytest.raises(UserError, match=rf"{name}Scheduler can't sample from embdiff models: \w+"):
+        adapted(foreign(name))
+
+
+def test_one_that_is_right_with_many_steps_only_says_so():
+    """IPNDM extrapolates as if its levels were evenly spaced."""
+    x, start = torch.randn(2, 2, 6, 16, generator=torch.Generator().manual_seed(1))
+    assert (end(foreign("IPNDM"), lambda z, gamma: x, start, 20) - x).square().mean().sqrt() < 1e-3
+    with pytest.raises(UserError, match="IPNDMScheduler can't take 4 steps"):
+        end(foreign("IPNDM"), lambda z, gamma: x, start, 4)
+
+
+def test_what_is_no_scheduler_is_refused():
+    with pytest.raises(UserError, match="no diffusers scheduler"):
+        adapted(torch.nn.Linear(1, 1))
+
+
+def test_clipping_is_off():
+    assert diffusers.schedulers.DDIMScheduler().config.clip_sample
+    assert not ForeignScheduler(diffusers.schedulers.DDIMScheduler()).scheduler.config.clip_sample
+
+
+@pytest.mark.parametrize("name", sorted(set(DIFFUSERS) - {"dpm++3m", "dpm++3m-sde", "heun"}))
+@given(st.integers(2, 25), st.integers(0, 99))
+def test_our_solvers_and_their_diffusers_counterparts_go_the_same_way(name, steps, seed):
+    """Both from one config; 1,000 steps divide evenly by few N, so levels differ by rounding to whole timesteps."""
+    steps = min((n for n in (2, 4, 5, 8, 10, 20, 25)), key=lambda n: abs(n - steps))
+    ours = SCHEDULERS[name](noise_schedule=NOISE)
+    start = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(seed))
+    theirs = to_diffusers(ours)
+    assert torch.allclose(end(ours, curve, start, steps, seed), end(theirs, curve, start, steps, seed), atol=2e-3)
+
+
+@pytest.mark.parametrize("name", sorted(DIFFUSERS))
+def test_a_config_survives_the_way_there_and_back(name):
+    ours = SCHEDULERS[name](noise_schedule=NOISE)
+    back = from_diffusers(to_diffusers(ours))
+    assert type(back) is type(ours)
+    times = torch.linspace(10, 1000, 50)
+    assert torch.allclose(back.gamma_of(times), ours.gamma_of(times), atol=2e-2)
+
+
+@pytest.mark.parametrize("cls", ["DDIMScheduler", "UniPCMultistepScheduler", "EulerDiscreteScheduler"])
+def test_from_config_of_either_side_keeps_the_noise_schedule(cls):
+    ours = DDIMScheduler(noise_schedule=NOISE)
+    theirs = getattr(diffusers.schedulers, cls).from_config(ours.config)
+    assert theirs.config.prediction_type == "sample"
+    kept = theirs.alphas_cumprod[[99, 499, 999]].double()
+    gamma = (1 - kept).log() - kept.log()
+    assert torch.allclose(gamma.float(), ours.gamma_of(torch.tensor([100, 500, 1000])), atol=1e-2)
+    default = getattr(diffusers.schedulers, cls)(beta_schedule="scaled_linear")
+    moved = SCHEDULERS["dpm++"].from_config(default.config)
+    kept = default.alphas_cumprod[[99, 499, 999]].double()
+    assert torch.allclose(((1 - kept) / kept).log().float(), moved.gamma_of(torch.tensor([100, 500, 1000])), atol=1e-3)
+
+
+def test_a_saved_config_holds_our_own_options_only(tmp_path):
+    DDIMScheduler(noise_schedule=NOISE).save_config(tmp_path)
+    assert "trained_betas" not in (tmp_path / "scheduler_config.json").read_text()
+
+
+def test_what_has_no_counterpart_is_refused():
+    with pytest.raises(UserError, match="no counterpart"):
+        from_diffusers(diffusers.schedulers.LCMScheduler())
+    with pytest.raises(UserError, match="no counterpart of renoise"):
+        to_diffusers(SCHEDULERS["renoise"]())
+    with pytest.raises(UserError, match="has no betas"):
+        to_diffusers(SCHEDULERS["ddim"](), diffusers.schedulers.EDMEulerScheduler)
+    assert "trained_betas" in inspect.signature(diffusers.schedulers.LCMScheduler.__init__).parameters
+    assert to_diffusers(SCHEDULERS["renoise"](noise_schedule=NOISE), diffusers.schedulers.LCMScheduler)
