@@ -11,6 +11,7 @@ import yaml
 
 from embdiff.denoiser import SIZES
 from embdiff.errors import UserError
+from embdiff.noise import FITS
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class TrainConfig:
     ema: float = 0.999
 
     objective: str = "ce"
+    schedule: str = "gumbel"
     self_condition: float = 0.5
     drop_prompt: float = 0.1
     infill: float = 0.1
@@ -103,6 +105,7 @@ CHOICES = {
     "size": tuple(SIZES),
     "optimizer": ("muon", "adamw"),
     "objective": ("ce", "vlb"),
+    "schedule": tuple(FITS),
     "dtype": ("auto", "bf16", "fp32"),
     "on_long": ("truncate", "drop"),
 }
@@ -112,8 +115,8 @@ LOWEST = {
 }  # fmt: skip
 # What decides the weights of a run beside data and model: a resumed run must have the same.
 DECISIVE = (
-    "optimizer", "objective", "seed", "batch_size", "accumulate", "draws", "window", "self_condition", "drop_prompt",
-    "infill", "filter_ramp",
+    "optimizer", "objective", "schedule", "seed", "batch_size", "accumulate", "draws", "window", "self_condition",
+    "drop_prompt", "infill", "filter_ramp",
 )  # fmt: skip
 
 

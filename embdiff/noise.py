@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import numpy as np
 import torch
@@ -367,23 +367,21 @@ def noise_schedule(spec: str | Mapping[str, Any] | NoiseSchedule) -> NoiseSchedu
     return cls(**config)
 
 
-class GumbelFit:
-    """Fits the Gumbel schedule online to the cross-entropy that training sees.
+class ScheduleFit:
+    """Fits a schedule online to the cross-entropy that training sees, so that equal steps in t carry equal information.
 
-    Cross-entropies [nats/token] are binned by gamma with exponential forgetting, and (mu, beta, H_inf) are refitted
-    to the bin means by weighted least squares. mu stays within [c - 1, c + 3], where the information must lie.
+    Cross-entropies [nats/token] are binned by gamma with exponential forgetting; `fit` turns the bin means H(gamma)
+    into a schedule with t = H(gamma) / H_inf.
     """
 
     bins = 96
 
     def __init__(self, schedule: GumbelSchedule, *, forget: float = 0.99) -> None:
-        self.schedule = schedule
+        self.schedule: NoiseSchedule = schedule
         self.forget = forget
         self.edges = np.linspace(schedule.gamma_min, schedule.gamma_max, self.bins + 1)
         self.weight = np.zeros(self.bins)
         self.total = np.zeros(self.bins)
-        self.h_inf = 1.0
-        self._mu_bounds = (schedule.mu - 1.8, schedule.mu + 2.2)
 
     def update(self, gamma: ArrayLike, cross_entropy: ArrayLike) -> None:
         """Takes one batch of (gamma, cross-entropy) pairs, both [n]."""
@@ -394,45 +392,85 @@ class GumbelFit:
         self.weight = self.forget * self.weight + np.bincount(index, minlength=self.bins)
         self.total = self.forget * self.total + np.bincount(index, weights=ce, minlength=self.bins)
 
-    def fit(self) -> GumbelSchedule:
+    def fit(self) -> NoiseSchedule:
         """Refits and returns the schedule; keeps the last one while fewer than eight bins have been seen."""
+        seen = self.weight > 0
+        if seen.sum() >= 8:
+            centre = 0.5 * (self.edges[:-1] + self.edges[1:])[seen]
+            self.schedule = self._fitted(centre, self.total[seen] / self.weight[seen], self.weight[seen])
+        return self.schedule
+
+    def _fitted(self, gamma: Array, mean: Array, weight: Array) -> NoiseSchedule:
+        """The schedule for cross-entropies `mean` at rising `gamma`, of this much evidence each."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything `load_state_dict` needs, JSON-able and exact."""
+        return {"schedule": self.schedule.config(), "weight": self.weight.tolist(), "total": self.total.tolist()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` gave."""
+        self.schedule = noise_schedule(state["schedule"])
+        self.weight, self.total = np.array(state["weight"]), np.array(state["total"])
+
+
+class GumbelFit(ScheduleFit):
+    """(mu, beta, H_inf) of the Gumbel curve by weighted least squares: three numbers, so little data will do.
+
+    mu stays within [c - 1, c + 3], where the information must lie (see `critical_gamma`).
+    """
+
+    def __init__(self, schedule: GumbelSchedule, *, forget: float = 0.99) -> None:
+        super().__init__(schedule, forget=forget)
+        self.h_inf = 1.0
+        self._mu_bounds = (schedule.mu - 1.8, schedule.mu + 2.2)
+
+    def _fitted(self, gamma: Array, mean: Array, weight: Array) -> GumbelSchedule:
         from scipy.optimize import least_squares
 
-        seen = self.weight > 0
-        if seen.sum() < 8:
-            return self.schedule
-        centre = 0.5 * (self.edges[:-1] + self.edges[1:])[seen]
-        mean = self.total[seen] / self.weight[seen]
-        root = np.sqrt(self.weight[seen])
+        root, last = np.sqrt(weight), cast(GumbelSchedule, self.schedule)
 
         def residual(p: Array) -> Array:
             mu, log_beta, h_inf = p
-            return np.asarray(root * (h_inf * np.exp(-np.exp(-(centre - mu) / np.exp(log_beta))) - mean))
+            return np.asarray(root * (h_inf * np.exp(-np.exp(-(gamma - mu) / np.exp(log_beta))) - mean))
 
         top = max(float(mean.max()), 1e-6)
-        start = [self.schedule.mu, math.log(self.schedule.beta), min(max(self.h_inf, 0.5 * top), 1.5 * top)]
+        start = [last.mu, math.log(last.beta), min(max(self.h_inf, 0.5 * top), 1.5 * top)]
         lower = [self._mu_bounds[0], math.log(0.3), 0.0]
         upper = [self._mu_bounds[1], math.log(2.5), 2 * top]
         start = list(np.clip(start, np.array(lower) + 1e-9, np.array(upper) - 1e-9))
         mu, log_beta, self.h_inf = (float(v) for v in least_squares(residual, start, bounds=(lower, upper)).x)
-        self.schedule = GumbelSchedule(self.schedule.gamma_min, self.schedule.gamma_max, mu, math.exp(log_beta))
-        return self.schedule
+        return GumbelSchedule(last.gamma_min, last.gamma_max, mu, math.exp(log_beta))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything `load_state_dict` needs, JSON-able and exact."""
-        return {
-            "schedule": self.schedule.config(),
-            "weight": self.weight.tolist(),
-            "total": self.total.tolist(),
-            "h_inf": self.h_inf,
-            "mu_bounds": list(self._mu_bounds),
-        }
+        return super().state_dict() | {"h_inf": self.h_inf, "mu_bounds": list(self._mu_bounds)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what `state_dict` gave."""
-        schedule = noise_schedule(state["schedule"])
-        assert isinstance(schedule, GumbelSchedule)
-        self.schedule = schedule
-        self.weight, self.total = np.array(state["weight"]), np.array(state["total"])
+        super().load_state_dict(state)
         self.h_inf = float(state["h_inf"])
         self._mu_bounds = (float(state["mu_bounds"][0]), float(state["mu_bounds"][1]))
+
+
+class TableFit(ScheduleFit):
+    """Any rising curve: the bin means made monotone, and a table of their quantiles.
+
+    spread: the share of levels that stays even in gamma, so that no level is ever left out.
+    """
+
+    knots = 33
+    spread = 0.02
+
+    def _fitted(self, gamma: Array, mean: Array, weight: Array) -> TableSchedule:
+        from scipy.optimize import isotonic_regression
+
+        rising = np.asarray(isotonic_regression(mean, weights=weight).x)
+        lo, hi = float(self.edges[0]), float(self.edges[-1])
+        gamma = np.concatenate([[lo], gamma, [hi]])
+        share = np.concatenate([[0.0], rising / max(float(rising[-1]), 1e-9), [1.0]]).clip(0.0, 1.0)
+        times = (1 - self.spread) * share + self.spread * (gamma - lo) / (hi - lo)
+        return TableSchedule(gammas=tuple(np.interp(np.linspace(0.0, 1.0, self.knots), times, gamma).tolist()))
+
+
+FITS: dict[str, type[ScheduleFit]] = {"gumbel": GumbelFit, "table": TableFit}

@@ -34,7 +34,7 @@ from embdiff.config import DECISIVE, TrainConfig
 from embdiff.data import Corpus, load_corpus
 from embdiff.denoiser import SIZES, Denoiser
 from embdiff.errors import UserError
-from embdiff.noise import GumbelFit, GumbelSchedule
+from embdiff.noise import FITS, GumbelSchedule
 from embdiff.optim import Muon
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ class Trainer:
         self.names = {p: name for name, p in self.denoiser.named_parameters()}
         self.optimizers = self._new_optimizers()
         self.ema = {name: p.detach().clone() for name, p in self.denoiser.named_parameters()}
-        self.fit = GumbelFit(GumbelSchedule.initial(self.denoiser.dim, len(self.tokenizer)))
+        self.fit = FITS[config.schedule](GumbelSchedule.initial(self.denoiser.dim, len(self.tokenizer)))
         self.progress = Progress()
         self.pending: list[tuple[Tensor, Tensor]] = []
         self.recent: list[Tensor] = []
@@ -463,14 +463,13 @@ class Trainer:
             "tokens_per_second": tokens_per_second,
             "share": share,
             "seconds_left": self.progress.seconds * (1 - share) / max(share, 1e-9),
-            "schedule_mu": self.fit.schedule.mu,
-            "schedule_beta": self.fit.schedule.beta,
+            "schedule_median": float(self.fit.schedule.gamma(0.5)),
         }
         if self.accelerator.is_main_process:
             self._append(metrics)
             self.reporter.progress(metrics)
         if self.config.tracker:
-            self.accelerator.log({k: metrics[k] for k in ("loss", "tokens_per_second", "schedule_mu")}, step=step)
+            self.accelerator.log({k: metrics[k] for k in ("loss", "tokens_per_second", "schedule_median")}, step=step)
 
     def _append(self, metrics: dict[str, float]) -> None:
         with (self.output / "log.jsonl").open("a") as log:

@@ -9,11 +9,15 @@ from scipy import stats
 
 from embdiff import noise
 from embdiff.errors import UserError
-from embdiff.noise import SCHEDULES, GumbelFit, GumbelSchedule, alpha_sigma, corrupt, noise_schedule
+from embdiff.noise import FITS, SCHEDULES, GumbelFit, GumbelSchedule, TableFit, alpha_sigma, corrupt, noise_schedule
 
 gammas = st.floats(-15, 15)
-names = st.sampled_from(sorted(SCHEDULES))
-schedules = st.builds(
+names = st.sampled_from(sorted(set(SCHEDULES) - {"table"}))
+rises = st.lists(st.floats(0.05, 3.0), min_size=1, max_size=8)
+tables = st.builds(
+    lambda lo, rise: noise_schedule({"name": "table", "gammas": np.cumsum([lo, *rise])}), st.floats(-8, -3), rises
+)
+schedules = tables | st.builds(
     lambda name, lo, width: noise_schedule({"name": name, "gamma_min": lo, "gamma_max": lo + width}),
     names,
     st.floats(-8, -3),
@@ -99,9 +103,28 @@ def test_the_fit_finds_the_curve_it_is_shown(mu_offset, beta, height):
     assert fit.h_inf == pytest.approx(height, rel=0.05)
 
 
-def test_the_fit_continues_from_its_state():
+@given(st.floats(0.0, 3.0), st.floats(0.5, 1.5), st.floats(0.3, 0.7))
+def test_a_table_is_fitted_to_any_rising_curve(mu, width, share):
+    """Two steps of information, which no Gumbel curve has: t is the share of the cross-entropy below gamma."""
+    start = GumbelSchedule.initial(64, 1000)
+    fit = TableFit(start)
+
+    def curve(gamma):
+        low, high = (stats.norm(mu + offset, width).cdf(gamma) for offset in (-1.0, 2.0))
+        return 5.0 * (share * low + (1 - share) * high)
+
     generator = np.random.default_rng(0)
-    one, two = (GumbelFit(GumbelSchedule.initial(64, 1000)) for _ in range(2))
+    for _ in range(60):
+        gamma = generator.uniform(start.gamma_min, start.gamma_max, 256)
+        fit.update(gamma, curve(gamma) + 0.05 * generator.standard_normal(256))
+    gamma = np.linspace(start.gamma_min + 0.5, start.gamma_max - 0.5, 40)
+    assert fit.fit().t(gamma) == pytest.approx(curve(gamma) / curve(start.gamma_max), abs=0.06)
+
+
+@pytest.mark.parametrize("kind", sorted(FITS))
+def test_the_fit_continues_from_its_state(kind):
+    generator = np.random.default_rng(0)
+    one, two = (FITS[kind](GumbelSchedule.initial(64, 1000)) for _ in range(2))
     gamma, ce = generator.uniform(-1, 9, (2, 500))
     one.update(gamma, ce)
     one.fit()
@@ -109,6 +132,21 @@ def test_the_fit_continues_from_its_state():
     for fit in (one, two):
         fit.update(ce, gamma)
     assert one.fit() == two.fit()
+
+
+@pytest.mark.parametrize(
+    ("table", "cause"),
+    [
+        ({"gammas": [1.0, 1.0]}, "each above the one before"),
+        ({"gammas": [1.0]}, "two or more"),
+        ({"gammas": [0.0, float("nan")]}, "finite"),
+        ({"gammas": [0.0, 1.0], "times": [0.0, 0.5]}, "from 0 to 1"),
+        ({"gammas": [0.0, 1.0], "times": [0.0, 0.5, 1.0]}, "as many times"),
+    ],
+)
+def test_tables_that_do_not_rise_are_refused(table, cause):
+    with pytest.raises(UserError, match=cause):
+        noise_schedule({"name": "table", **table})
 
 
 @pytest.mark.parametrize("spec", ["cubic", {"name": "cosine", "beta": 1}, {"gamma_min": 0}])

@@ -118,9 +118,9 @@ def test_the_bound_objective_trains_too(tmp_path):
     train(small(objective="vlb", max_steps=3), tmp_path / "run", corpus=corpus())
 
 
-def test_adamw_accumulation_and_infilling_train_too(tmp_path):
+def test_adamw_accumulation_infilling_and_a_table_schedule_train_too(tmp_path):
     train(
-        small(optimizer="adamw", accumulate=2, infill=0.5, max_steps=3),
+        small(optimizer="adamw", accumulate=2, infill=0.5, schedule="table", max_steps=3),
         tmp_path / "run",
         corpus=corpus(False),
     )

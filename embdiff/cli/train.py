@@ -49,6 +49,7 @@ def train(
     matrix_lr: float | None = typer.Option(None, help="Learning rate of Muon's matrices."),
     ema: float | None = typer.Option(None, help="Decay of the weight average, 0 = off."),
     objective: str | None = typer.Option(None, help="ce (cross-entropy) or vlb (variational bound)."),
+    schedule: str | None = typer.Option(None, help="Noise schedule fitted while training: gumbel or table."),
     infill: float | None = typer.Option(None, help="Share of texts of which a part is given as context."),
     drop_prompt: float | None = typer.Option(None, help="Share of prompts dropped, for guidance."),
     dtype: str | None = typer.Option(None, help="auto, bf16 or fp32."),
