@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from embdiff.pipeline import TextDiffusionPipeline
 
 
+SOLVERS = "ddim, ddpm, renoise, euler, euler-a, heun, churn, dpm++, dpm++3m, dpm++sde, dpm++3m-sde or unipc"
+
+
 @dataclass(frozen=True)
 class Job:
     """One sample to draw."""
@@ -53,7 +56,10 @@ def sample(
     cfg_scale: float = typer.Option(1.0, help="Classifier-free guidance; 1 = off."),
     cfg_space: str = typer.Option("x0", help="Where guidance combines predictions: x0 or logits."),
     steps: int = typer.Option(32, help="Denoising steps."),
-    scheduler: str | None = typer.Option(None, help="ddim, ddpm, dpm++ or renoise; by default the model's own."),
+    scheduler: str | None = typer.Option(None, help=f"{SOLVERS}; by default the model's own."),
+    noise_schedule: str | None = typer.Option(
+        None, help="Noise levels even in another schedule's time: linear, cosine, sqrt, sigmoid, log-linear or karras."
+    ),
     max_length: int | None = typer.Option(None, help="Tokens at most; by default what the model was trained for."),
     temperature: float = typer.Option(0.76, help="Of the words in the token posterior; 1 = as the model is."),
     draw_length: bool = typer.Option(True, help="Draw each text's length from the model while noise is high."),
@@ -86,8 +92,10 @@ def sample(
     from embdiff.guidance import ClassifierFreeGuidance
     from embdiff.schedulers import scheduler_class
 
-    if scheduler is not None:
-        pipe.scheduler = scheduler_class(scheduler).from_config(pipe.scheduler.config)
+    if scheduler is not None or noise_schedule is not None:
+        cls = type(pipe.scheduler) if scheduler is None else scheduler_class(scheduler)
+        nodes = {} if noise_schedule is None else {"nodes": noise_schedule}
+        pipe.scheduler = cls.from_config(pipe.scheduler.config, **nodes)
     warn_of_long_prompts(pipe, [p for p in sources if p])
     options: dict[str, Any] = {
         "num_inference_steps": steps,

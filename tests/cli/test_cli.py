@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,9 @@ import pytest
 from typer.testing import CliRunner
 
 from embdiff.cli import app, common, main
+from embdiff.cli.sample import SOLVERS
 from embdiff.errors import UserError
+from embdiff.schedulers import SCHEDULERS
 from tests.conftest import sentences
 
 SMALL = [
@@ -112,9 +115,15 @@ def test_prompts_come_from_stdin_too(model):
     assert len(result.stdout.splitlines()) == 2
 
 
-@pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "dpm++", "renoise"])
-def test_every_scheduler_runs_by_name(model, scheduler):
-    assert len(sample(str(model), "--prompt", "the cat", "--scheduler", scheduler)) == 1
+def test_the_help_names_every_scheduler():
+    assert set(re.split(r", | or ", SOLVERS)) == set(SCHEDULERS)
+
+
+@pytest.mark.parametrize("scheduler", ["unipc", "churn"])
+def test_schedulers_and_noise_schedules_are_chosen_by_name(model, scheduler):
+    common = (str(model), "--prompt", "the cat", "--scheduler", scheduler)
+    assert len(sample(*common)) == 1
+    assert len(sample(*common, "--noise-schedule", "karras")) == 1
 
 
 def test_output_streams_and_resumes_to_the_same_file(model, tmp_path):
@@ -189,7 +198,8 @@ def test_a_config_file_is_overridden_by_the_command_line(pairs, tmp_path):
         (["--num-samples", "0"], "--num-samples"),
         (["--temperature", "-1"], "--temperature"),
         (["--batch-size", "0"], "--batch-size"),
-        (["--scheduler", "euler"], "euler"),
+        (["--scheduler", "cubic"], "cubic"),
+        (["--noise-schedule", "cubic"], "cubic"),
         (["--device", "abacus"], "abacus"),
         (["--seed", "-1"], "--seed"),
         (["--dtype", "int3"], "int3"),
