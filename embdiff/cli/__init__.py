@@ -9,6 +9,7 @@ import typer
 from embdiff.cli.quickstart import quickstart
 from embdiff.cli.sample import sample
 from embdiff.cli.train import train
+from embdiff.cli.tune import tune_steps
 
 app = typer.Typer(
     name="embdiff",
@@ -21,6 +22,7 @@ app = typer.Typer(
 app.command()(quickstart)
 app.command()(train)
 app.command()(sample)
+app.command()(tune_steps)
 
 
 @app.callback(invoke_without_command=True)

@@ -13,7 +13,7 @@ A solver that evaluates more than once between two levels has more rows than lev
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -87,8 +87,10 @@ class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         num_train_timesteps: the scale of timesteps; models are conditioned on gamma, so it is only a unit.
         noise_schedule: a name or a config (see `embdiff.noise`); a trained model's scheduler holds its fitted one.
         prediction_type: "sample" only: the model predicts x0.
-        nodes: the noise schedule whose even quantiles are the sampling levels; None = `noise_schedule`, so levels
-            are even in t. "karras" gives Karras' nodes, a table those of `embdiff tune-steps`.
+        nodes: the noise schedule whose even quantiles are the sampling levels, for instance "karras"; None =
+            `noise_schedule`, so levels are even in t.
+        levels: for some numbers of steps, as strings, their falling gammas (from `embdiff tune-steps`); they are used
+            where `nodes` is None.
     """
 
     _compatibles = [  # noqa: RUF012
@@ -109,6 +111,7 @@ class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         noise_schedule: str | Mapping[str, Any] = "gumbel",
         prediction_type: str = "sample",
         nodes: str | Mapping[str, Any] | None = None,
+        levels: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
         if prediction_type != "sample":
             raise UserError(f"prediction_type {prediction_type!r}: embdiff models predict x0, use 'sample'")
@@ -130,8 +133,13 @@ class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return [Step(level.gamma, row) for level, row in zip(levels, rows, strict=True)]
 
     def _levels(self, n: int) -> list[Level]:
-        """n levels at the node schedule's quantiles 1, 1 - 1 / n, .., 1 / n."""
-        gammas = self.node_schedule.gamma(1.0 - np.arange(n) / n)
+        """n levels: those that were tuned, or the node schedule's quantiles 1, 1 - 1 / n, .., 1 / n."""
+        tuned = (self.config.levels or {}).get(str(n)) if self.config.nodes is None else None
+        gammas = (
+            self.node_schedule.gamma(1.0 - np.arange(n) / n) if tuned is None else np.array(tuned, dtype=np.float64)
+        )
+        if len(gammas) != n:
+            raise UserError(f"levels for {n} steps are {len(gammas)} numbers: give {n} falling gammas")
         if np.any(np.diff(gammas.astype(np.float32)) >= 0):
             raise UserError(f"{n} steps are more than the {self.node_schedule.name} schedule resolves: take fewer")
         return [Level(float(gamma)) for gamma in gammas]

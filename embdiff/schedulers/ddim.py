@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -37,6 +37,7 @@ class DDIMScheduler(EmbeddingScheduler):
         noise_schedule: str | Mapping[str, Any] = "gumbel",
         prediction_type: str = "sample",
         nodes: str | Mapping[str, Any] | None = None,
+        levels: Mapping[str, Sequence[float]] | None = None,
         eta: float = 0.0,
     ) -> None:
         if not 0.0 <= eta <= 1.0:
@@ -44,7 +45,7 @@ class DDIMScheduler(EmbeddingScheduler):
         # By name: diffusers takes values given by position for defaults, and drops them in from_config.
         super().__init__(
             num_train_timesteps=num_train_timesteps, noise_schedule=noise_schedule, prediction_type=prediction_type,
-            nodes=nodes,
+            nodes=nodes, levels=levels,
         )  # fmt: skip
 
     def _rows(self, levels: list[Level]) -> list[Row]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusers.configuration_utils import register_to_config
@@ -77,13 +77,14 @@ class ChurnScheduler(HeunScheduler):
         noise_schedule: str | Mapping[str, Any] = "gumbel",
         prediction_type: str = "sample",
         nodes: str | Mapping[str, Any] | None = None,
+        levels: Mapping[str, Sequence[float]] | None = None,
         churn: float = 4.0,
     ) -> None:
         if not (math.isfinite(churn) and churn >= 0):
             raise UserError(f"churn {churn} is out of range: choose 0 (off) or more")
         super().__init__(
             num_train_timesteps=num_train_timesteps, noise_schedule=noise_schedule, prediction_type=prediction_type,
-            nodes=nodes,
+            nodes=nodes, levels=levels,
         )  # fmt: skip
 
     def _churned(self, level: Level, count: int) -> Level:
