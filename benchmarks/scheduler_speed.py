@@ -2,8 +2,8 @@
 
     python benchmarks/scheduler_speed.py
 
-Each step is called as a sampling loop does, with the timestep tensor of the schedule. Rounds over all schedulers alternate;
-medians are compared, with ours over the median of diffusers' DDIM, DPM++ and UniPC.
+Each step is called as a sampling loop does, with the timestep tensor of the schedule. Rounds over all schedulers
+alternate; medians are compared, ours with the median of diffusers' DDIM, DPM++ and UniPC.
 """
 
 from __future__ import annotations
