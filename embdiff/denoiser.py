@@ -41,10 +41,6 @@ class Context(NamedTuple):
     values: Tensor
     mask: Tensor
 
-    def dropped(self) -> Context:
-        """The same context, out of sight: what the unconditional branch of guidance attends to."""
-        return self._replace(mask=torch.zeros_like(self.mask))
-
     def hidden_from(self, seen: Tensor) -> Context:
         """Out of sight for the examples where `seen` [B] bool is False."""
         return self._replace(mask=self.mask & seen[:, None])
