@@ -61,7 +61,11 @@ def test_context_does_not_see_the_target(model, seed):
 def test_a_dropped_context_is_no_context(model, seed):
     prompt, present, positions, z, gamma, self_cond = draw(seed)
     context = model.encode_context(prompt, present, positions)
-    assert torch.allclose(model(z, gamma, context.dropped(), self_cond), model(z, gamma, None, self_cond), atol=1e-9)
+    assert torch.allclose(
+        model(z, gamma, context.hidden_from(torch.zeros(len(z), dtype=torch.bool)), self_cond),
+        model(z, gamma, None, self_cond),
+        atol=1e-9,
+    )
 
 
 @given(st.integers(0, 50), st.integers(0, 4))
@@ -114,7 +118,7 @@ def test_the_matched_filter_is_the_log_likelihood_of_each_token(model):
 def test_contexts_stack_along_the_batch(model):
     prompt, present, positions, z, gamma, _ = draw(2)
     one = model.encode_context(prompt, present, positions)
-    both = Context.stack([one, one.dropped()])
+    both = Context.stack([one, one.hidden_from(torch.zeros(len(one.mask), dtype=torch.bool))])
     twice = model(torch.cat([z, z]), torch.cat([gamma, gamma]), both)
     assert torch.allclose(twice[:B], model(z, gamma, one), atol=1e-9)
     assert torch.allclose(twice[B:], model(z, gamma), atol=1e-9)
