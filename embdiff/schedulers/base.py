@@ -1,10 +1,8 @@
-"""The scheduler base: every solver is a table of coefficients.
+"""The scheduler base: every solver is a table of coefficients, and every scheduler keeps diffusers' contract.
 
-    z' = a z + b x0 + c x0_prev + d x0_prev2 + s eps,   eps ~ N(0, I)                                  (3)
-
-x0 is the denoiser's prediction at this step, x0_prev and x0_prev2 those of the one and two steps before. A solver is a
-noise schedule and one method, `_rows`, that turns the levels gamma_0 > gamma_1 > .. > gamma_N into N rows. The table
-is made once in float64 by `set_timesteps`; `step` applies a row and reads nothing from the device.
+A solver is a noise schedule and one method, `_rows`, that turns the levels gamma_0 > gamma_1 > .. > gamma_N into N rows
+of equation (3) (see `embdiff.schedulers.table`). The table is made once in float64 by `set_timesteps`; `step` applies
+a row and reads nothing from the device.
 
 gamma_N = -inf: the last row always lands on the prediction itself, z' = x0. One row is one evaluation of the denoiser.
 A solver that evaluates more than once between two levels has more rows than levels and overrides `_plan`.
@@ -12,10 +10,10 @@ A solver that evaluates more than once between two levels has more rows than lev
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from numbers import Real
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,30 +21,13 @@ from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from embdiff.errors import UserError
 from embdiff.noise import Array, NoiseSchedule, TableSchedule, corrupt, noise_schedule, velocity
+from embdiff.schedulers.table import TO_X0, Level, Row, Rows, Step, advance, remembered, rows_of_times
 
-
-class Row(NamedTuple):
-    """The coefficients of equation (3)."""
-
-    a: float
-    b: float
-    c: float = 0.0
-    d: float = 0.0
-    s: float = 0.0
-
-
-class Step(NamedTuple):
-    """Evaluate the denoiser at level gamma, then apply the row."""
-
-    gamma: float
-    row: Row
-
-
-TO_X0 = Row(0.0, 1.0)
 Generators = torch.Generator | list[torch.Generator] | None
 
 
@@ -68,18 +49,6 @@ NEUTRAL = {
 }
 
 
-class Level:
-    """One noise level in float64: alpha, sigma, their ratio sigma / alpha, and lambda = log(alpha / sigma)."""
-
-    def __init__(self, gamma: float) -> None:
-        self.gamma = gamma
-        # exp overflows only where the other tail is already exactly 0 or 1.
-        self.alpha = math.exp(-0.5 * np.logaddexp(0.0, gamma))
-        self.sigma = math.exp(-0.5 * np.logaddexp(0.0, -gamma))
-        self.lam = -0.5 * gamma
-        self.ratio = math.exp(0.5 * gamma)
-
-
 class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     """What all solvers share. Timesteps are t * num_train_timesteps with t in [0, 1], fp32, falling.
 
@@ -91,6 +60,8 @@ class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             `noise_schedule`, so levels are even in t.
         levels: for some numbers of steps, as strings, their falling gammas (from `embdiff tune-steps`); they are used
             where `nodes` is None.
+        trained_betas: a discrete noise schedule as diffusers' classes take it, instead of `noise_schedule`; it is
+            kept as a table.
     """
 
     _compatibles = [  # noqa: RUF012
@@ -112,13 +83,16 @@ class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         prediction_type: str = "sample",
         nodes: str | Mapping[str, Any] | None = None,
         levels: Mapping[str, Sequence[float]] | None = None,
+        trained_betas: Sequence[float] | None = None,
     ) -> None:
         if prediction_type != "sample":
             raise UserError(f"prediction_type {prediction_type!r}: embdiff models predict x0, use 'sample'")
+        if trained_betas is not None:
+            kept: Array = np.cumprod(1.0 - np.array(trained_betas, dtype=np.float64), dtype=np.float64)
+            self.register_to_config(noise_schedule=schedule_of_signal(kept).config(), trained_betas=None)
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
-        self._begin_index: int | None = None
-        self._follow(self._plan(min(num_train_timesteps, 1000)))
+        self._follow_plan(self._plan(min(num_train_timesteps, 1000)))
 
     # ------------------------------------------------------------------------------------------ the solver
 
@@ -128,7 +102,9 @@ class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def _plan(self, evaluations: int) -> list[Step]:
         """That many evaluations, the last of which lands on its prediction."""
-        levels = self._levels(evaluations)
+        return self._through(self._levels(evaluations))
+
+    def _through(self, levels: list[Level]) -> list[Step]:
         rows = [*self._rows(levels), TO_X0]
         return [Step(level.gamma, row) for level, row in zip(levels, rows, strict=True)]
 
@@ -156,15 +132,26 @@ class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         own = dict(self._internal_dict)
         known = getattr(self, "_whole", None)
         if known is None or known[0] != own:
-            extra = {"trained_betas": betas(noise_schedule(own["noise_schedule"]), own["num_train_timesteps"])}
-            known = self._whole = (own, FrozenDict(own | extra | NEUTRAL | {"_use_default_values": []}))
+            extra = NEUTRAL | {
+                "trained_betas": betas(noise_schedule(own["noise_schedule"]), own["num_train_timesteps"])
+            }
+            if "_use_default_values" in own:
+                extra["_use_default_values"] = []
+            known = self._whole = (own, FrozenDict(own | extra))
         return known[1]
+
+    @property
+    def betas(self) -> Tensor:
+        """The discrete noise schedule of diffusers, [num_train_timesteps] fp32."""
+        return torch.tensor(self.config.trained_betas, dtype=torch.float32)
 
     @classmethod
     def from_config(cls, config: Any = None, **kwargs: Any) -> Any:
         """A scheduler from the config of another one, ours or diffusers', with its noise schedule."""
-        if isinstance(config, Mapping) and "noise_schedule" not in config and "beta_schedule" in config:
-            kwargs.setdefault("noise_schedule", schedule_of_betas(config).config())
+        if isinstance(config, Mapping) and "noise_schedule" in config:
+            config = {name: value for name, value in config.items() if name != "trained_betas"}  # says the same
+        elif isinstance(config, Mapping) and "beta_schedule" in config:
+            kwargs.setdefault("noise_schedule", schedule_of_config(config).config())
             config = {"num_train_timesteps": config["num_train_timesteps"]}
         return super().from_config(config, **kwargs)
 
@@ -184,28 +171,64 @@ class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             return noise_schedule(own.config() | spec)
         return noise_schedule({"gamma_min": own.gamma_min, "gamma_max": own.gamma_max} | spec)
 
-    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: ArrayLike | Tensor | None = None,
+    ) -> None:
         """Chooses the noise levels and compiles the table: one row for each evaluation of the denoiser.
 
+        Args:
+            num_inference_steps: N >= 1 evaluations, at the schedule's own levels.
+            timesteps: N falling timesteps instead, [N]; or [N, L] or [N, B, L], where every position has its own. A
+                position waits while its timestep stays, and is clean from where it is 0; what is 0 from the start
+                is kept as it is.
+
         Raises:
-            UserError: fewer than 1 step, no whole number, or more steps than the schedule resolves.
+            UserError: fewer than 1 step, no whole number, more steps than the schedule resolves, or timesteps that
+                rise or are out of range.
         """
-        if isinstance(num_inference_steps, bool) or int(num_inference_steps) != num_inference_steps:
+        if timesteps is not None:
+            times = self._checked(timesteps)
+            gammas = self.noise_schedule.gamma(times)
+            self.num_inference_steps = len(times)
+            self._follow(rows_of_times(times, gammas, self._through, device), gammas, times, device)
+            return
+        if not isinstance(num_inference_steps, Real) or not float(num_inference_steps).is_integer():
             raise UserError(f"steps must be a whole number, got {num_inference_steps!r}")
         if num_inference_steps < 1:
             raise UserError(f"steps must be at least 1, got {num_inference_steps}")
         self.num_inference_steps = int(num_inference_steps)
-        self._begin_index = None
-        self._follow(self._plan(self.num_inference_steps), device)
+        self._follow_plan(self._plan(self.num_inference_steps), device)
 
-    def _follow(self, plan: list[Step], device: str | torch.device | None = None) -> None:
+    def _follow_plan(self, plan: list[Step], device: str | torch.device | None = None) -> None:
         gammas = np.array([step.gamma for step in plan])
-        self._times: Array = self.noise_schedule.t(gammas)
-        self._table = [step.row for step in plan]
+        self._follow([step.row for step in plan], gammas, self.noise_schedule.t(gammas), device)
+
+    def _follow(
+        self, table: Sequence[Row | Rows], gammas: Array, times: Array, device: str | torch.device | None
+    ) -> None:
+        self._table, self._times = table, times
         self.gammas = torch.tensor(gammas, dtype=torch.float32, device=device)
-        self.timesteps = torch.tensor(self._times * self.config.num_train_timesteps, dtype=torch.float32, device=device)
+        self.timesteps = torch.tensor(times * self.config.num_train_timesteps, dtype=torch.float32, device=device)
+        self._begin_index: int | None = None
         self._step_index: int | None = None
-        self._history: tuple[Tensor | None, Tensor | None] = (None, None)
+        self._history: tuple[Tensor, Tensor] | None = None
+
+    def _checked(self, timesteps: ArrayLike | Tensor) -> Array:
+        """Given timesteps as times in [0, 1]."""
+        values = timesteps.detach().cpu().numpy() if isinstance(timesteps, Tensor) else timesteps
+        times: Array = np.asarray(values, dtype=np.float64) / self.config.num_train_timesteps
+        if self.order > 1:
+            raise UserError(f"{type(self).__name__} evaluates between levels, so it takes no timesteps: give steps")
+        if times.ndim not in (1, 2, 3) or not times.size:
+            raise UserError(f"timesteps of shape {list(times.shape)}: give [N], [N, L] or [N, B, L]")
+        if not np.all((times >= 0) & (times <= 1)):
+            raise UserError(f"timesteps out of range: give numbers from 0 to {self.config.num_train_timesteps}")
+        if np.any(np.diff(times, axis=0) > 0) or (times.ndim == 1 and not np.all(np.diff(times, append=0.0) < 0)):
+            raise UserError("timesteps do not fall: give the noisiest first; a single position can't wait or be clean")
+        return times
 
     def step(
         self,
@@ -213,6 +236,7 @@ class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         timestep: float | Tensor,
         sample: Tensor,
         generator: Generators = None,
+        variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
         """Applies the next row of the table, equation (3).
@@ -223,24 +247,20 @@ class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
         Args:
             model_output: x0 [B, L, D]. sample: z [B, L, D]. generator: one, or one for each of the B samples.
+            variance_noise: eps [B, L, D], instead of drawing it.
         """
         index = self._step_index
         if index is None:
             index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
-            self._history = (None, None)
-        a, b, c, d, s = self._table[index]
-        prev = (sample * a).add_(model_output, alpha=b) if a else model_output.to(sample.dtype) * b
-        if c or d:
-            # Entered in the middle of the table there are no previous predictions: this one stands in for them.
-            before, before_that = self._history
-            before = model_output if before is None else before
-            prev.add_(before, alpha=c)
-            if d:
-                prev.add_(before if before_that is None else before_that, alpha=d)
-        if s:
-            noise = randn_tensor(prev.shape, generator=generator, device=prev.device, dtype=prev.dtype)
-            prev.add_(noise, alpha=s)
-        self._history = (model_output, self._history[0])
+            self._history = None
+        # Entered in the middle of the table there are no previous predictions: this one stands in for them.
+        predictions = (model_output, *(self._history or (model_output, model_output)))
+        row = self._table[index]
+        noise = variance_noise
+        if noise is None and (isinstance(row, Rows) or row.s):
+            noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+        prev = advance(row, sample, predictions, noise)
+        self._history = remembered(row, predictions)
         self._step_index = index + 1 if index + 1 < len(self._table) else None
         return SchedulerOutput(prev, model_output) if return_dict else (prev, model_output)
 
@@ -263,9 +283,9 @@ class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return torch.tensor(self.noise_schedule.gamma(t), dtype=torch.float32, device=times.device)
 
     def index_for_timestep(self, timestep: float | Tensor) -> int:
-        """The row whose timestep is nearest."""
-        t = float(timestep) / self.config.num_train_timesteps
-        return int(np.abs(self._times - t).argmin())
+        """The row whose timestep is nearest; of [L] timesteps, on average."""
+        times = torch.as_tensor(timestep).detach().cpu().double().numpy() / self.config.num_train_timesteps
+        return int(np.abs(self._times - times).reshape(len(self._times), -1).mean(1).argmin())
 
     @property
     def step_index(self) -> int | None:
@@ -293,13 +313,19 @@ def betas(schedule: NoiseSchedule, steps: int) -> list[float]:
     return result
 
 
-def schedule_of_betas(config: Mapping[str, Any]) -> TableSchedule:
-    """The noise schedule of a diffusers config, as a table: the inverse of `betas` at its points."""
-    import diffusers
-
-    cls = getattr(diffusers, str(config.get("_class_name")), diffusers.DDIMScheduler)
-    kept = cls.from_config(config).alphas_cumprod.double().numpy()
+def schedule_of_signal(kept: Array) -> TableSchedule:
+    """The noise schedule through alpha^2 = `kept`, falling, at even times up to 1: the inverse of `betas`."""
     gamma = np.log1p(-kept) - np.log(kept.clip(min=1e-9))
+    if len(gamma) < 2 or not np.all(np.diff(gamma) > 0):
+        raise UserError(f"{len(gamma)} betas: give two or more numbers between 0 and 1")
     # t = 0 is not in their tables: one step further the same way.
     gammas = [2 * gamma[0] - gamma[1], *gamma]
     return TableSchedule(gammas=tuple(gammas), times=tuple(np.arange(len(gammas)) / len(kept)))
+
+
+def schedule_of_config(config: Mapping[str, Any]) -> TableSchedule:
+    """The noise schedule of a diffusers config."""
+    import diffusers
+
+    cls = getattr(diffusers, str(config.get("_class_name")), diffusers.DDIMScheduler)
+    return schedule_of_signal(cls.from_config(config).alphas_cumprod.double().numpy())

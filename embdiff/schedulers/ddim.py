@@ -10,7 +10,8 @@ from typing import Any
 from diffusers.configuration_utils import register_to_config
 
 from embdiff.errors import UserError
-from embdiff.schedulers.base import EmbeddingScheduler, Level, Row
+from embdiff.schedulers.base import EmbeddingScheduler
+from embdiff.schedulers.table import Level, Row
 
 
 def ddim_row(now: Level, to: Level, eta: float) -> Row:
@@ -38,6 +39,7 @@ class DDIMScheduler(EmbeddingScheduler):
         prediction_type: str = "sample",
         nodes: str | Mapping[str, Any] | None = None,
         levels: Mapping[str, Sequence[float]] | None = None,
+        trained_betas: Sequence[float] | None = None,
         eta: float = 0.0,
     ) -> None:
         if not 0.0 <= eta <= 1.0:
@@ -45,7 +47,7 @@ class DDIMScheduler(EmbeddingScheduler):
         # By name: diffusers takes values given by position for defaults, and drops them in from_config.
         super().__init__(
             num_train_timesteps=num_train_timesteps, noise_schedule=noise_schedule, prediction_type=prediction_type,
-            nodes=nodes, levels=levels,
+            nodes=nodes, levels=levels, trained_betas=trained_betas,
         )  # fmt: skip
 
     def _rows(self, levels: list[Level]) -> list[Row]:

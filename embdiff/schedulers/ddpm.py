@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from embdiff.schedulers.base import EmbeddingScheduler, Level, Row
+from embdiff.schedulers.base import EmbeddingScheduler
 from embdiff.schedulers.ddim import ddim_row
+from embdiff.schedulers.table import Level, Row
 
 
 class DDPMScheduler(EmbeddingScheduler):

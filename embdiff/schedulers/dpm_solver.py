@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
-from embdiff.schedulers.base import EmbeddingScheduler, Level, Row
+from embdiff.schedulers.base import EmbeddingScheduler
+from embdiff.schedulers.table import Level, Row
 
 
 class DPMSolverScheduler(EmbeddingScheduler):

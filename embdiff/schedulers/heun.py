@@ -9,8 +9,9 @@ from typing import Any
 from diffusers.configuration_utils import register_to_config
 
 from embdiff.errors import UserError
-from embdiff.schedulers.base import TO_X0, EmbeddingScheduler, Level, Row, Step
+from embdiff.schedulers.base import EmbeddingScheduler
 from embdiff.schedulers.euler import from_flow
+from embdiff.schedulers.table import TO_X0, Level, Row, Step
 
 
 def trapezoid_row(now: Level, to: Level) -> Row:
@@ -78,13 +79,14 @@ class ChurnScheduler(HeunScheduler):
         prediction_type: str = "sample",
         nodes: str | Mapping[str, Any] | None = None,
         levels: Mapping[str, Sequence[float]] | None = None,
+        trained_betas: Sequence[float] | None = None,
         churn: float = 4.0,
     ) -> None:
         if not (math.isfinite(churn) and churn >= 0):
             raise UserError(f"churn {churn} is out of range: choose 0 (off) or more")
         super().__init__(
             num_train_timesteps=num_train_timesteps, noise_schedule=noise_schedule, prediction_type=prediction_type,
-            nodes=nodes, levels=levels,
+            nodes=nodes, levels=levels, trained_betas=trained_betas,
         )  # fmt: skip
 
     def _churned(self, level: Level, count: int) -> Level:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from embdiff.schedulers.base import EmbeddingScheduler, Level, Row
+from embdiff.schedulers.base import EmbeddingScheduler
+from embdiff.schedulers.table import Level, Row
 
 
 class RenoiseScheduler(EmbeddingScheduler):

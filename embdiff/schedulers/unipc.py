@@ -6,8 +6,9 @@ import math
 
 import numpy as np
 
-from embdiff.schedulers.base import EmbeddingScheduler, Level, Row
+from embdiff.schedulers.base import EmbeddingScheduler
 from embdiff.schedulers.dpm_solver import multistep_weights
+from embdiff.schedulers.table import Level, Row
 
 
 class UniPCScheduler(EmbeddingScheduler):

@@ -1,13 +1,13 @@
 """Laws of the solvers: limits, orders of convergence, variances, diffusers' contract."""
 
 import math
-from unittest import mock
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from diffusers.utils import logging as diffusers_logging
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -23,6 +23,9 @@ STOCHASTIC = ("ddpm", "euler-a", "churn", "dpm++sde", "dpm++3m-sde")
 solvers = st.sampled_from(sorted(SCHEDULERS))
 noises = st.sampled_from(sorted(NOISE_SCHEDULES))
 every_solver = pytest.mark.parametrize("name", sorted(SCHEDULERS))
+precisions = st.sampled_from(["float32", "bfloat16"])
+every_noise = pytest.mark.parametrize("noise", sorted(NOISE_SCHEDULES))
+one_evaluation = sorted(set(SCHEDULERS) - {"heun", "churn"})
 
 
 def make(name: str, noise: str = "cosine", **options):
@@ -39,12 +42,32 @@ def run(scheduler, denoise, z, steps: int, generator=None):
     return path
 
 
-@given(solvers, noises, st.sampled_from([1, 2, 3, 10, 1000]), st.integers(0, 99))
-def test_with_the_true_x0_every_solver_ends_at_it(name, noise, steps, seed):
+@every_solver
+@every_noise
+@settings(max_examples=5)
+@given(
+    st.sampled_from([1, 2, 3, 1000]) | st.integers(1, 200), st.sampled_from(["float32", "bfloat16"]), st.integers(0, 99)
+)
+def test_with_the_true_x0_every_solver_ends_at_it(name, noise, steps, dtype, seed):
+    """Exactly, from any start, for models of either precision; latents stay fp32 and finite on the way."""
     generator = torch.Generator().manual_seed(seed)
     x, z = torch.randn(2, 2, 3, 4, generator=generator)
-    end = run(make(name, noise), lambda z, gamma: x, z, steps, generator)[-1]
-    assert torch.allclose(end, x, atol=1e-6)
+    x = x.to(getattr(torch, dtype))
+    path = run(make(name, noise), lambda z, gamma: x, z, steps, generator)
+    assert len(path) == steps + 1
+    assert all(z.dtype == torch.float32 and z.isfinite().all() for z in path)
+    assert torch.equal(path[-1], x.float())
+
+
+@given(solvers, noises, st.integers(1, 40), st.integers(0, 99))
+def test_a_bf16_model_is_a_model_whose_predictions_are_rounded(name, noise, steps, seed):
+    z = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(seed))
+
+    def end(back):
+        generator = torch.Generator().manual_seed(seed)
+        return run(make(name, noise), lambda z, gamma: back(torch.tanh(z + gamma).bfloat16()), z, steps, generator)[-1]
+
+    assert torch.equal(end(lambda x: x), end(lambda x: x.float()))
 
 
 @given(noises, st.integers(2, 40), st.integers(0, 99))
@@ -173,11 +196,126 @@ def test_steps_commute_with_permutations_and_rotations(name, steps, seed):
         scheduler = make(name)
         scheduler.set_timesteps(steps)
         scheduler.set_begin_index(steps - 3)
-        with mock.patch("embdiff.schedulers.base.randn_tensor", return_value=eps):
-            z = scheduler.step(x, scheduler.timesteps[-3], z).prev_sample
-            return scheduler.step(y, scheduler.timesteps[-2], z).prev_sample
+        z = scheduler.step(x, scheduler.timesteps[-3], z, variance_noise=eps).prev_sample
+        return scheduler.step(y, scheduler.timesteps[-2], z, variance_noise=eps).prev_sample
 
     assert torch.allclose(two_steps(*map(move, (z, x, y, eps))), move(two_steps(z, x, y, eps)), atol=1e-9)
+
+
+@given(solvers, st.lists(st.floats(0, 1000), min_size=1, max_size=12), st.integers(1, 9))
+def test_timesteps_off_the_schedule_in_any_order(name, asked, steps):
+    """The first call takes the row of the nearest timestep, later ones follow; after the last row it looks up again."""
+    scheduler = make(name)
+    scheduler.set_timesteps(steps)
+    z, expected = torch.zeros(1, 2, 3), None
+    for t in asked:
+        if expected is None:
+            expected = int((scheduler.timesteps.double() - t).abs().argmin())
+            nearest = (scheduler.timesteps[expected].double() - t).abs()
+            index = scheduler.index_for_timestep(t)
+            assert (scheduler.timesteps[index].double() - t).abs() <= nearest + 1e-3
+            expected = index
+        scheduler.step(torch.ones(1, 2, 3), t, z)
+        expected = expected + 1 if expected + 1 < steps else None
+        assert scheduler.step_index == expected
+
+
+@every_solver
+def test_a_step_reads_nothing_from_the_device(name):
+    """On the meta device tensors have no values, so any read raises."""
+    scheduler = make(name)
+    scheduler.set_timesteps(6, device="meta")
+    scheduler.set_begin_index(0)
+    z = torch.empty(2, 3, 4, device="meta")
+    for t in scheduler.timesteps:
+        z = scheduler.step(torch.empty_like(z), t, scheduler.scale_model_input(z, t)).prev_sample
+    assert z.shape == (2, 3, 4)
+
+
+def test_reads_are_noticed():
+    scheduler = diffusers.DDPMScheduler(prediction_type="sample")
+    scheduler.set_timesteps(6, device="meta")
+    z = torch.empty(2, 3, 4, device="meta")
+    with pytest.raises(RuntimeError, match="meta"):
+        scheduler.step(z, scheduler.timesteps[0], z)
+
+
+@pytest.mark.parametrize("name", one_evaluation)
+@given(noises, st.integers(1, 8), st.integers(0, 99))
+def test_every_position_may_follow_its_own_levels(name, noise, calls, seed):
+    """Positions that fall at their own pace, wait, and are clean early: each ends where it would alone."""
+    random = np.random.default_rng(seed)
+    columns = [own_pace(random, calls) for _ in range(5)]
+    x, z, *eps = torch.randn(calls + 2, 2, 5, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+    def predict(z, gamma):  # of each position alone
+        return torch.tanh(x + z + 0.1 * gamma[..., None])
+
+    scheduler = make(name, noise)
+    scheduler.set_timesteps(timesteps=np.stack(columns, 1))
+    together = z
+    for k, t in enumerate(scheduler.timesteps):
+        x0 = predict(together, scheduler.gammas[k].double())
+        together = scheduler.step(x0, t, together, variance_noise=eps[k]).prev_sample
+    for position, column in enumerate(columns):
+        # The calls that move this position: the last one at each level.
+        moving = [k for k in range(calls) if column[k] > 0 and (k == calls - 1 or column[k + 1] < column[k])]
+        alone = z[:, [position]]
+        if moving:
+            one = make(name, noise)
+            one.set_timesteps(timesteps=column[moving])
+            for k, gamma, t in zip(moving, one.gammas.double(), one.timesteps, strict=True):
+                x0 = torch.tanh(x[:, [position]] + alone + 0.1 * gamma)
+                alone = one.step(x0, t, alone, variance_noise=eps[k][:, [position]]).prev_sample
+        assert torch.allclose(together[:, [position]], alone, atol=1e-5)
+
+
+def own_pace(random, calls: int):
+    """Timesteps that fall or stay, and may reach 0 before the end."""
+    falls = random.choice([0.0, 1.0, 2.0], calls)
+    return np.maximum(0.0, 990.0 * (1 - np.cumsum(falls) / calls))
+
+
+@given(solvers.filter(one_evaluation.__contains__), noises, st.integers(1, 30), st.integers(0, 99))
+def test_given_timesteps_of_the_schedule_change_nothing(name, noise, steps, seed):
+    z = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(seed))
+    ends = []
+    for shape in ((), (steps,), (steps, 3), (steps, 2, 3)):
+        scheduler, generator = make(name, noise), torch.Generator().manual_seed(seed)
+        scheduler.set_timesteps(steps)
+        if shape:
+            own = scheduler._times * 1000
+            scheduler.set_timesteps(timesteps=np.broadcast_to(own.reshape(-1, *[1] * (len(shape) - 1)), shape))
+        assert scheduler.num_inference_steps == steps
+        sample = z
+        for gamma, t in zip(scheduler.gammas, scheduler.timesteps, strict=True):
+            level = gamma.mean()
+            noise_now = torch.randn(z.shape, generator=generator)
+            sample = scheduler.step(torch.tanh(sample + level), t, sample, variance_noise=noise_now).prev_sample
+        ends.append(sample)
+    assert all(torch.allclose(ends[0], end, atol=2e-4) for end in ends[1:])
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "cause"),
+    [
+        ([100.0, 500.0], "do not fall"),
+        ([500.0, 500.0], "do not fall"),
+        ([500.0, 0.0], "do not fall"),
+        ([[500.0, 100.0], [500.0, 200.0]], "do not fall"),
+        ([1001.0, 500.0], "out of range"),
+        ([float("nan")], "out of range"),
+        ([], "shape"),
+    ],
+)
+def test_timesteps_that_cannot_be_followed_are_refused(timesteps, cause):
+    with pytest.raises(UserError, match=cause):
+        make("ddim").set_timesteps(timesteps=timesteps)
+
+
+def test_a_solver_that_evaluates_between_levels_takes_no_timesteps():
+    with pytest.raises(UserError, match="HeunScheduler"):
+        make("heun").set_timesteps(timesteps=[500.0, 100.0])
 
 
 def test_a_new_schedule_forgets_where_the_last_one_began():
@@ -245,7 +383,7 @@ def test_add_noise_takes_times_of_examples_and_of_positions(name):
     assert torch.equal(scheduler.add_noise(x[:1], eps[:1], torch.tensor(10))[0], by_example[0])
 
 
-@pytest.mark.parametrize("steps", [0, -3, 2.5])
+@pytest.mark.parametrize("steps", [0, -3, 2.5, float("nan"), float("inf"), None, "ten"])
 def test_steps_must_be_whole_and_positive(steps):
     with pytest.raises(UserError, match=str(steps)):
         make("ddim").set_timesteps(steps)
