@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from embdiff import DDIMScheduler, TextDiffusionPipeline, UserError, ops
 from embdiff.denoiser import Denoiser
+from embdiff.guidance import ClassifierFreeGuidance
 from embdiff.pipeline import Predictor, load
 from embdiff.schedulers import SCHEDULERS, to_diffusers
 
@@ -177,3 +178,30 @@ def test_foreign_and_damaged_folders_are_refused(pipe, tmp_path):
     weights.write_bytes(weights.read_bytes()[:500])
     with pytest.raises(UserError, match="damaged"):
         load(str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULERS))
+def test_the_whole_sampling_loop_compiles_without_a_break(pipe, name):
+    """Guided, with self-conditioning, lengths drawn, and noise handed in; fullgraph raises at any break."""
+    solver = SCHEDULERS[name](noise_schedule=pipe.scheduler.config.noise_schedule)
+    solver.set_timesteps(3)
+    contexts = pipe._contexts(["the cat", "a small dog"], None, 1)
+    middle = float(solver.noise_schedule.gamma(0.5))
+    predictor = Predictor(
+        pipe.denoiser, contexts, [ClassifierFreeGuidance(2.0)], 0.7, pipe._kept_tokens(), torch.tensor([0.3, 0.6]),
+        draw_above=middle, length_bias=1.0,
+    )  # fmt: skip
+    gammas = solver.gammas.tolist()
+
+    def loop(z, noise):
+        solver.set_begin_index(0)
+        x0 = torch.zeros_like(z)
+        for k, t in enumerate(solver.timesteps):
+            x0 = predictor(solver.scale_model_input(z, t), gammas[k], x0)
+            z = solver.step(x0, t, z, variance_noise=noise[k], return_dict=False)[0]
+        return z
+
+    z, *noise = torch.randn(4, 2, 12, pipe.denoiser.dim, generator=torch.Generator().manual_seed(0))
+    torch._dynamo.reset()
+    with torch.no_grad():
+        assert torch.allclose(torch.compile(loop, fullgraph=True, backend="eager")(z, noise), loop(z, noise), atol=1e-5)

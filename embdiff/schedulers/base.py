@@ -146,10 +146,18 @@ class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return torch.tensor(self.config.trained_betas, dtype=torch.float32)
 
     @classmethod
+    def _get_compatibles(cls) -> list[type[Any]]:
+        """Without diffusers' classes that merely have the name of ours."""
+        import diffusers
+
+        return [getattr(diffusers, name) for name in cls._compatibles if hasattr(diffusers, name)]
+
+    @classmethod
     def from_config(cls, config: Any = None, **kwargs: Any) -> Any:
         """A scheduler from the config of another one, ours or diffusers', with its noise schedule."""
         if isinstance(config, Mapping) and "noise_schedule" in config:
-            config = {name: value for name, value in config.items() if name != "trained_betas"}  # says the same
+            if config.get("trained_betas") is not None:  # added by `config`, they say the same
+                config = {name: value for name, value in config.items() if name != "trained_betas"}
         elif isinstance(config, Mapping) and "beta_schedule" in config:
             kwargs.setdefault("noise_schedule", schedule_of_config(config).config())
             config = {"num_train_timesteps": config["num_train_timesteps"]}
