@@ -3,8 +3,8 @@
     python benchmarks/scheduler_speed.py
 
 Each step is called as a sampling loop does, with the timestep tensor of the schedule. Rounds over all schedulers
-alternate; medians are compared, ours with the median of diffusers' DDIM, DPM++ and UniPC. The floor is one pass over the
-same memory, `torch.lerp(x0, z, a)`: what a step would take as a single kernel without any bookkeeping.
+alternate; medians are compared, ours with the median of diffusers' DDIM, DPM++ and UniPC. The floor is one pass over
+the same memory, `torch.lerp(x0, z, a)`: what a step would take as a single kernel without any bookkeeping.
 """
 
 from __future__ import annotations

@@ -392,6 +392,8 @@ def test_steps_must_be_whole_and_positive(steps):
 def test_options_out_of_range_are_refused():
     with pytest.raises(UserError, match="eta"):
         DDIMScheduler(eta=1.5)
+    with pytest.raises(UserError, match="fresh"):
+        RenoiseScheduler(fresh=-0.1)
     with pytest.raises(UserError, match="predict x0"):
         DDPMScheduler(prediction_type="epsilon")
     with pytest.raises(UserError, match="unknown"):

@@ -68,10 +68,12 @@ def ddpm(p):
     return p.x0(z, p.gamma[-1])
 
 
-def renoise(p):
+def renoise(p, fresh=1.0):
     z = p.start
     for k in range(len(p.gamma) - 1):
-        z = p.alpha[k + 1] * p.x0(z, p.gamma[k]) + p.sigma[k + 1] * p.noise[k]
+        x0 = p.x0(z, p.gamma[k])
+        eps = math.sqrt(1 - fresh) * (z - p.alpha[k] * x0) / p.sigma[k] + math.sqrt(fresh) * p.noise[k]
+        z = p.alpha[k + 1] * x0 + p.sigma[k + 1] * eps
     return p.x0(z, p.gamma[-1])
 
 
@@ -209,6 +211,14 @@ def test_the_table_is_the_algorithm(name, noise, steps, seed):
 def test_ddim_is_the_algorithm_at_every_eta(noise, steps, seed, eta):
     problem = Problem("ddim", noise, steps, seed, eta=eta)
     assert np.allclose(problem.ours(), ddim(problem, eta), rtol=1e-7, atol=1e-8)
+
+
+@given(noises, st.integers(1, 12), st.integers(0, 99), st.floats(0, 1))
+def test_renoise_is_the_algorithm_at_every_share_of_fresh_noise(noise, steps, seed, fresh):
+    problem = Problem("renoise", noise, steps, seed, fresh=fresh)
+    assert np.allclose(problem.ours(), renoise(problem, fresh), rtol=1e-7, atol=1e-8)
+    if fresh == 0.0:
+        assert np.allclose(problem.ours(), ddim(problem), rtol=1e-7, atol=1e-8)
 
 
 @given(noises, st.integers(1, 40))
