@@ -1,102 +1,129 @@
-"""Sampling levels fitted to a model: where a few steps lose the least.
+"""Sampling fitted to a model: the solver, its noise and its levels with which a few steps write best.
 
-A run over levels gamma_0 > .. > gamma_{N-1} that then lands on its prediction is a variational model of the text.
-It loses
+What a text is worth is asked of texts: each candidate draws the same seeds, and is charged
 
-    L = sum_k 1/2 (e^{-gamma_{k+1}} - e^{-gamma_k}) E|x - x0(z_{gamma_k})|^2,   gamma_N = gamma_min          (4)
+    H(samples, real) + H(real, samples)   nats a word,                                                  (4)
 
-nats (Kingma et al. 2021, arXiv:2107.00630, equation 13). Once the error is known over gamma, the levels with the
-smallest sum are a shortest path (Watson et al. 2021, arXiv:2106.03802), found exactly.
+the cross-entropy of the samples under a 5-gram of real texts, and of real texts under a 3-gram of the samples. The
+first punishes texts that nobody writes, the second what real texts hold and the samples lack. First come the solvers
+over even levels, then other levels t_k = (1 - k / N)^p for the best of them.
+
+The bound (Kingma et al. 2021, arXiv:2107.00630, equation 13) is no guide here: the levels that lose the least of it, a
+shortest path (Watson et al. 2021, arXiv:2106.03802), crowd where embeddings are already certain, and write worse.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from embdiff import losses
-from embdiff.batches import Batch
-from embdiff.denoiser import Denoiser
+from embdiff.data import Example
 from embdiff.errors import UserError
-from embdiff.noise import Array
+from embdiff.evaluation.ngram import NGram
+from embdiff.schedulers import SCHEDULERS, EmbeddingScheduler
 
 if TYPE_CHECKING:
     from embdiff.pipeline import TextDiffusionPipeline
 
+SOLVERS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("ddim", {}), ("dpm++", {}), ("unipc", {}), ("ddpm", {}), ("renoise", {"fresh": 0.5}), ("renoise", {"fresh": 1.0}),
+)  # fmt: skip
+POWERS = (0.7, 0.85, 1.2, 1.4)
+BATCH = 48
 
-class Tuned(NamedTuple):
-    """Levels for a number of steps. lost, lost_even: nats a text, of these levels and of levels even in t."""
+
+class Trial(NamedTuple):
+    """A candidate for N steps, and the two parts of (4): lower is better."""
 
     steps: int
-    levels: list[float]
-    lost: float
-    lost_even: float
+    solver: str
+    options: dict[str, Any]
+    power: float
+    fluency: float
+    coverage: float
+
+    @property
+    def charge(self) -> float:
+        """Equation (4)."""
+        return self.fluency + self.coverage
 
 
-@torch.no_grad()
-def error_curve(denoiser: Denoiser, batch: Batch, gammas: Array, generator: torch.Generator) -> Array:
-    """E|x - x0(z_gamma)|^2 of a text, summed over its positions and dimensions, at each of `gammas`: [n].
+class Examiner:
+    """Draws texts from a pipeline and judges them by (4).
 
-    x0 is the second of two self-conditioning passes, as in sampling; every text is seen at every level.
+    Args:
+        train: texts for the judge. valid: real texts, and the prompts of the samples where there are prompts.
+        samples: texts to draw for each candidate. options: of the pipeline's call (temperature, guidance_scale, ..).
     """
-    x = denoiser.space.embed(batch.ids)
-    target = batch.target()
-    noise = torch.randn(x.shape, generator=generator).to(
-        x.device
-    )  # the same at all levels, so that the curve is smooth
-    errors = []
-    for gamma in gammas:
-        level = torch.full((len(batch.ids),), float(gamma), device=x.device)
-        h = losses.features(denoiser, batch, x, level, noise, True)
-        errors.append(float(((denoiser.x0(h) - x).square().sum(-1) * target).sum() / len(batch.ids)))
-    return np.array(errors)
 
+    def __init__(
+        self,
+        pipe: TextDiffusionPipeline,
+        train: Sequence[Example],
+        valid: Sequence[Example],
+        *,
+        samples: int = 192,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        if not train or not valid:
+            raise UserError("no texts to judge by: name a file with some hundred of them")
+        self.pipe, self.samples, self.seed, self.options = pipe, samples, seed, options
+        self.trained = pipe.scheduler
+        self.judge = NGram.fit([example.text for example in train], order=5, min_count=2)
+        self.real = [self._known(example.text) for example in valid]
+        prompts = [example.prompt for example in valid] if pipe.denoiser.config.max_prompt_length else []
+        self.prompts = [prompts[i % len(prompts)] if prompts else None for i in range(samples)]
 
-def loss(levels: Array, gammas: Array, errors: Array, gamma_min: float) -> float:
-    """L of equation (4) in nats a text, for falling `levels`; errors are known at rising `gammas`."""
-    signal = np.exp(-np.append(levels, gamma_min))
-    return float((0.5 * np.diff(signal) * np.interp(levels, gammas, errors)).sum())
+    def __call__(self, steps: int, solver: str, options: dict[str, Any], power: float = 1.0) -> Trial:
+        """One candidate."""
+        texts = [self._known(text) for text in self.draw(self.scheduler(solver, options, {steps: power}), steps)]
+        coverage = NGram.fit(texts, order=3, vocabulary=self.judge.vocabulary).cross_entropy(self.real)
+        return Trial(steps, solver, options, power, self.judge.cross_entropy(texts), coverage)
 
+    def scheduler(self, solver: str, options: dict[str, Any], powers: dict[int, float]) -> EmbeddingScheduler:
+        """The solver over the trained noise schedule, with levels t_k = (1 - k / N)^p for each N in `powers`."""
+        schedule = self.trained.noise_schedule
+        levels = dict(self.trained.config.levels or {})
+        levels |= {str(n): schedule.gamma((1 - np.arange(n) / n) ** p).tolist() for n, p in powers.items()}
+        changed: EmbeddingScheduler = SCHEDULERS[solver].from_config(self.trained.config, levels=levels, **options)
+        return changed
 
-def best_levels(gammas: Array, errors: Array, steps: int) -> Array:
-    """`steps` of the rising `gammas`, falling from the last, with the smallest loss (4) down to the first.
+    def draw(self, scheduler: EmbeddingScheduler, steps: int) -> list[str]:
+        """The texts of seeds `seed`, `seed + 1`, ..."""
+        texts = list[str]()
+        self.pipe.scheduler = scheduler
+        for start in range(0, self.samples, BATCH):
+            prompts: Any = self.prompts[start : start + BATCH]
+            seeds = range(self.seed + start, self.seed + start + len(prompts))
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            out: Any = self.pipe(prompts, num_inference_steps=steps, generator=generators, **self.options)
+            texts += out.texts
+        self.pipe.scheduler = self.trained
+        return texts
 
-    Raises:
-        UserError: more steps than there are gammas to choose from.
-    """
-    n = len(gammas)
-    if not 1 <= steps < n:
-        raise UserError(f"{steps} levels can't be chosen from {n}: give 1 to {n - 1} steps")
-    signal = np.exp(-gammas)
-    # cost[i, j]: from level i down to level j < i with the prediction made at i.
-    cost = 0.5 * (signal[None, :] - signal[:, None]) * errors[:, None]
-    cost[np.triu_indices(n)] = np.inf
-    best = np.full(n, np.inf)
-    best[n - 1] = 0.0
-    came: list[Any] = []
-    for _ in range(steps):
-        ways = best[:, None] + cost
-        came.append(ways.argmin(0))
-        best = ways.min(0)
-    path = [0]
-    for origin in reversed(came):
-        path.append(int(origin[path[-1]]))
-    return np.asarray(gammas[path[:0:-1]])
+    def _known(self, text: str) -> str:
+        return " ".join(word if word in self.judge.vocabulary else "<unk>" for word in text.split())
 
 
 def tune(
-    pipe: TextDiffusionPipeline, batch: Batch, steps: Sequence[int], generator: torch.Generator, grid: int = 96
-) -> list[Tuned]:
-    """The best levels of a pipeline for each number of steps, and what they lose beside levels even in t."""
-    schedule = pipe.scheduler.noise_schedule
-    gammas = np.linspace(schedule.gamma_min, float(schedule.gamma(1.0)), grid)
-    errors = error_curve(pipe.denoiser, batch, gammas, generator)
-    result = []
-    for n in steps:
-        levels, even = best_levels(gammas, errors, n), schedule.gamma(1.0 - np.arange(n) / n)
-        losses = (loss(at, gammas, errors, gammas[0]) for at in (levels, even))
-        result.append(Tuned(n, levels.tolist(), *losses))
-    return result
+    examiner: Callable[..., Trial], steps: Sequence[int], report: Callable[[Trial], None] = lambda trial: None
+) -> dict[int, Trial]:
+    """The best trial for each number of steps; all of one solver, the best over all of `steps`."""
+
+    def tried(solver: str, options: dict[str, Any], power: float = 1.0) -> Iterator[Trial]:
+        for n in steps:
+            trial = examiner(n, solver, options, power)
+            report(trial)
+            yield trial
+
+    solvers = [list(tried(*candidate)) for candidate in SOLVERS]
+    best = {trial.steps: trial for trial in min(solvers, key=lambda trials: sum(trial.charge for trial in trials))}
+    chosen = best[steps[0]]
+    for power in POWERS:
+        for trial in tried(chosen.solver, chosen.options, power):
+            best[trial.steps] = min(best[trial.steps], trial, key=lambda trial: trial.charge)
+    return best

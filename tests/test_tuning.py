@@ -1,65 +1,84 @@
-"""Levels fitted to a model."""
-
-from itertools import combinations
+"""Solver and levels fitted to a model."""
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from embdiff import tuning
-from embdiff.batches import Batch
-from embdiff.denoiser import Denoiser
+from embdiff.data import Example
 from embdiff.errors import UserError
-from embdiff.schedulers import RenoiseScheduler
-from tests.conftest import lively
+from embdiff.tuning import POWERS, SOLVERS, Examiner, Trial, tune
+from tests.conftest import sentences
+
+charges = st.floats(0.0, 5.0)
 
 
-@given(st.integers(1, 5), st.lists(st.floats(0.01, 2.0), min_size=7, max_size=7), st.integers(0, 99))
-def test_the_path_is_the_best_of_all(steps, rises, seed):
-    gammas = np.cumsum([-4.0, *rises])
-    errors = np.sort(np.random.default_rng(seed).uniform(0, 5, len(gammas)))
-    found = tuning.best_levels(gammas, errors, steps)
-    assert len(found) == steps
-    assert found[0] == gammas[-1]
-    every = (np.array([gammas[-1], *inner[::-1]]) for inner in combinations(gammas[1:-1], steps - 1))
-    least = min(tuning.loss(levels, gammas, errors, gammas[0]) for levels in every)
-    assert tuning.loss(found, gammas, errors, gammas[0]) == pytest.approx(least)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=3, unique=True), st.randoms(use_true_random=False))
+def test_the_best_of_all_that_was_tried_is_chosen(steps, random):
+    tried = []
+
+    def examiner(n, solver, options, power):
+        return Trial(n, solver, options, power, random.uniform(1, 3), random.uniform(1, 3))
+
+    best = tune(examiner, steps, tried.append)
+    assert len(tried) == len(steps) * (len(SOLVERS) + len(POWERS))
+    solver = {(trial.solver, str(trial.options)) for trial in best.values()}
+    assert len(solver) == 1
+    even = [trial for trial in tried if trial.power == 1.0]
+    sums = {}
+    for trial in even:
+        key = (trial.solver, str(trial.options))
+        sums[key] = sums.get(key, 0.0) + trial.charge
+    assert solver == {min(sums, key=sums.get)}
+    for n, trial in best.items():
+        same = [t for t in tried if t.steps == n and (t.solver, str(t.options)) in solver]
+        assert trial.charge == min(t.charge for t in same)
 
 
-@given(st.integers(2, 30))
-def test_more_levels_lose_less_and_even_ones_more(steps):
-    gammas = np.linspace(-6, 8, 60)
-    errors = 64 / (1 + np.exp(-(gammas - 1)))
-    fine, coarse = (tuning.best_levels(gammas, errors, n) for n in (steps + 1, steps))
-    even = gammas[np.linspace(59, 1, steps).round().astype(int)]
-    losses = [tuning.loss(levels, gammas, errors, -6.0) for levels in (fine, coarse, even)]
-    assert losses[0] <= losses[1] <= losses[2] + 1e-12
+def examples(count, seed):
+    return [Example(text) for text in sentences(count, seed)]
 
 
-@given(st.integers(1, 12))
-def test_a_scheduler_samples_at_the_levels_that_were_found(steps):
-    gammas = np.linspace(-5, 7, 40)
-    levels = tuning.best_levels(gammas, 1 / (1 + np.exp(-gammas)), steps).tolist()
-    noise = {"name": "cosine", "gamma_min": -5.0, "gamma_max": 7.0}
-    tuned, even = (RenoiseScheduler(noise_schedule=noise, levels=table) for table in ({str(steps): levels}, None))
-    tuned.set_timesteps(steps)
-    assert tuned.gammas.tolist() == pytest.approx(levels, abs=1e-5)
-    for scheduler in (tuned, even):
-        scheduler.set_timesteps(steps + 1)
-    assert torch.equal(tuned.gammas, even.gammas)
+def test_texts_are_charged_for_what_nobody_writes_and_for_what_they_lack(pipe):
+    """Real texts are charged least; the same text again and again is fluent but covers little; noise is neither."""
+    examiner = Examiner(pipe, examples(400, 1), examples(100, 2), samples=60)
+    real, noise = sentences(60, 3), [" ".join(reversed(text.split())) for text in sentences(60, 3)]
+    charges = {}
+    for name, texts in {"real": real, "one": real[:1] * 60, "noise": noise}.items():
+        examiner.draw = lambda scheduler, steps, texts=texts: texts
+        charges[name] = examiner(4, "ddim", {})
+    assert charges["real"].charge < min(charges["one"].charge, charges["noise"].charge)
+    assert charges["one"].coverage > charges["real"].coverage
+    assert charges["noise"].fluency > charges["real"].fluency
 
 
-def test_the_error_of_a_model_rises_with_noise():
-    model = lively(Denoiser(20, dim=8, width=16, depth=1, heads=2, condition_width=8))
-    batch = Batch(torch.randint(20, (64, 6), generator=torch.Generator().manual_seed(0)))
-    errors = tuning.error_curve(model, batch, np.array([-6.0, 0.0, 2.0, 6.0]), torch.Generator().manual_seed(0))
-    assert errors[0] < 1e-3
-    assert np.all(np.diff(errors[:3]) > 0)
+def test_a_trial_draws_the_same_texts_again_and_leaves_the_pipeline_as_it_was(pipe):
+    before = pipe.scheduler
+    examiner = Examiner(pipe, examples(100, 1), examples(20, 2), samples=tuning.BATCH + 2, seed=5, temperature=0.9)
+    one, again = (examiner(2, "renoise", {"fresh": 0.5}, 0.7) for _ in range(2))
+    assert one == again
+    assert pipe.scheduler is before
+    assert len(examiner.draw(before, 2)) == tuning.BATCH + 2
 
 
-@pytest.mark.parametrize("steps", [0, 4, 9])
-def test_levels_that_are_not_there_are_refused(steps):
-    with pytest.raises(UserError, match=f"{steps} levels"):
-        tuning.best_levels(np.arange(4.0), np.arange(4.0), steps)
+@given(st.sampled_from(SOLVERS), st.integers(1, 30), st.sampled_from((1.0, *POWERS)))
+def test_the_scheduler_samples_at_the_levels_that_were_found(candidate, steps, power):
+    pipe = test_the_scheduler_samples_at_the_levels_that_were_found.pipe
+    solver, options = candidate
+    examiner = Examiner(pipe, examples(20, 1), examples(5, 2), samples=1)
+    scheduler = examiner.scheduler(solver, options, {steps: power})
+    scheduler.set_timesteps(steps)
+    expected = pipe.scheduler.noise_schedule.gamma((1 - np.arange(steps) / steps) ** power)
+    assert scheduler.gammas.tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+    assert {name: scheduler.config[name] for name in options} == options
+
+
+@pytest.fixture(autouse=True)
+def _pipe_for_hypothesis(pipe):
+    test_the_scheduler_samples_at_the_levels_that_were_found.pipe = pipe
+
+
+def test_without_texts_there_is_nothing_to_judge_by(pipe):
+    with pytest.raises(UserError, match="no texts to judge by"):
+        Examiner(pipe, [], examples(3, 0))

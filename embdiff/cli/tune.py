@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,49 +12,79 @@ from embdiff.cli.common import load_pipeline, quiet
 from embdiff.errors import UserError
 
 if TYPE_CHECKING:
-    from embdiff.data import Example
+    from embdiff.data import Corpus, Example
+    from embdiff.schedulers import EmbeddingScheduler
+    from embdiff.tuning import Trial
 
 
 def tune_steps(
     model: Path = typer.Argument(..., help="Folder that embdiff train wrote; its scheduler is changed."),
     steps: list[int] = typer.Option([8], help="Sampling steps to tune; give it several times."),
-    data: str | None = typer.Option(None, help="Texts to tune on; by default the run's own validation data."),
-    texts: int = typer.Option(64, help="How many of them."),
+    samples: int = typer.Option(192, help="Texts to draw for each candidate."),
+    temperature: float = typer.Option(0.76, help="Of the samples, as you will draw them."),
+    cfg_scale: float = typer.Option(1.0, help="Of the samples, as you will draw them."),
+    data: str | None = typer.Option(None, help="Texts to judge by; by default the run's own data."),
     device: str = typer.Option("auto", help="cpu, cuda or auto."),
-    seed: int = typer.Option(0, help="Seed of the noise."),
+    seed: int = typer.Option(0, help="Seed of the first sample."),
 ) -> None:
-    """Find the noise levels with which MODEL loses the least in a few steps, and save them with it.
+    """Find the solver, its noise and its levels with which MODEL writes best in a few steps, and save them with it.
 
     [bold]embdiff tune-steps runs/docstrings --steps 8 --steps 16[/bold]
     """
-    if texts < 1:
-        raise UserError(f"--texts {texts} is too small: give at least 1")
+    if samples < 1:
+        raise UserError(f"--samples {samples} is too small: give at least 1")
     if min(steps) < 1:
         raise UserError(f"--steps {min(steps)} is too small: give at least 1")
+    if not 0 <= seed < 2**62:
+        raise UserError(f"--seed {seed} is out of range: give 0 to 2^62 - 1")
     quiet()
-    import torch
-
-    from embdiff.batches import encode, spread
     from embdiff.checkpoint import save_folder
-    from embdiff.tuning import tune
+    from embdiff.tuning import Examiner, tune
 
     pipe = load_pipeline(str(model), device)
-    examples = validation_texts(model, data)
-    config = pipe.denoiser.config
-    encoded = encode(examples, pipe.tokenizer, config.max_length, config.max_prompt_length)
-    batch = encoded.batch(spread(len(encoded), texts)).to(pipe.device)
-    levels = dict(pipe.scheduler.config.levels or {})
-    typer.echo("steps  nats lost a text  with even levels")
-    for tuned in tune(pipe, batch, steps, torch.Generator().manual_seed(seed)):
-        levels[str(tuned.steps)] = tuned.levels
-        typer.echo(f"{tuned.steps:5d}  {tuned.lost:16.2f}  {tuned.lost_even:16.2f}")
-    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, levels=levels)
+    pipe.set_progress_bar_config(disable=True)
+    texts = corpus(model, data)
+    examiner = Examiner(
+        pipe, texts.train, some(texts.valid or texts.train, 500), samples=samples, seed=seed, temperature=temperature,
+        guidance_scale=cfg_scale,
+    )  # fmt: skip
+    typer.echo("steps  solver           power  fluency  coverage     sum   (nats a word, less is better)")
+    best = tune(examiner, sorted(set(steps)), lambda trial: typer.echo(line(trial)))
+    chosen = next(iter(best.values()))
+    scheduler = examiner.scheduler(chosen.solver, chosen.options, {n: trial.power for n, trial in best.items()})
     save_folder(model / "scheduler", scheduler.save_pretrained)
+    name_scheduler(model / "model_index.json", scheduler)
+    typer.echo("best:")
+    for trial in best.values():
+        typer.echo(line(trial))
     typer.echo(f"saved in {model / 'scheduler'}; used by: embdiff sample {model} --steps {steps[-1]}")
 
 
-def validation_texts(model: Path, data: str | None) -> list[Example]:
-    """The validation texts of `data`, or of what the model was trained on."""
+def name_scheduler(index: Path, scheduler: EmbeddingScheduler) -> None:
+    """Writes the scheduler's class into a pipeline's index, whole or not at all."""
+    parts = json.loads(index.read_text())
+    parts["scheduler"] = [type(scheduler).__module__, type(scheduler).__name__]
+    fresh = index.with_name(f".{index.name}.tmp")
+    fresh.write_text(json.dumps(parts, indent=2) + "\n")
+    fresh.replace(index)
+
+
+def line(trial: Trial) -> str:
+    """A row of the table."""
+    name = " ".join([trial.solver, *(f"{key} {value:g}" for key, value in trial.options.items())])
+    figures = f"{trial.power:5.2f}  {trial.fluency:7.3f}  {trial.coverage:8.3f}  {trial.charge:6.3f}"
+    return f"{trial.steps:5d}  {name:17s}{figures}"
+
+
+def some(examples: list[Example], count: int) -> list[Example]:
+    """At most `count` of them, from the whole list."""
+    from embdiff.batches import spread
+
+    return [examples[i] for i in spread(len(examples), count)]
+
+
+def corpus(model: Path, data: str | None) -> Corpus:
+    """The texts of `data`, or those the model was trained on, with the columns of its run."""
     from embdiff.config import TrainConfig, read_config
     from embdiff.data import load_corpus
 
@@ -61,12 +92,16 @@ def validation_texts(model: Path, data: str | None) -> list[Example]:
     if data is None and not run.exists():
         raise UserError(f"{model} does not say what it was trained on: name texts with --data")
     config = TrainConfig(**(read_config(run) if run.exists() else {}))
-    corpus = load_corpus(
-        config.data if data is None else data,
+    if data is not None:
+        return load_corpus(
+            data, separator=config.separator if Path(data).suffix == ".txt" else None, valid_share=0.2
+        )
+    return load_corpus(
+        config.data,
         text_column=config.text_column,
         prompt_column=config.prompt_column,
         separator=config.separator,
-        validation=config.validation if data is None else None,
+        validation=config.validation,
         valid_share=config.valid_share,
+        limit=config.limit,
     )
-    return corpus.valid or corpus.train
