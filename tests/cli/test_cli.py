@@ -4,7 +4,6 @@ import json
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -277,24 +276,3 @@ def test_durations(text, value):
 def test_bad_durations_are_refused(text):
     with pytest.raises(UserError, match="time"):
         common.seconds(text)
-
-
-def test_tuned_steps_are_saved_with_the_model_and_used(model, tmp_path):
-    copy = tmp_path / "model"
-    shutil.copytree(model, copy)
-    before = sample(str(copy), "--prompt", "the cat", "--steps", "4")
-    result = CliRunner().invoke(app, ["tune-steps", str(copy), "--steps", "4", "--steps", "6", "--texts", "8"])
-    assert result.exit_code == 0, result.output
-    rows = [line.split() for line in result.output.splitlines() if line.strip()[:1].isdigit()]
-    assert [row[0] for row in rows] == ["4", "6"]
-    assert all(float(lost) <= float(even) for _, lost, even in rows)
-    levels = json.loads((copy / "scheduler" / "scheduler_config.json").read_text())["levels"]
-    assert {key: len(value) for key, value in levels.items()} == {"4": 4, "6": 6}
-    assert len(sample(str(copy), "--prompt", "the cat", "--steps", "4")) == len(before)
-
-
-def test_tuning_without_data_says_what_to_do(model, tmp_path):
-    copy = tmp_path / "model"
-    shutil.copytree(model, copy, ignore=shutil.ignore_patterns("run.yaml"))
-    with pytest.raises(UserError, match="--data"):
-        CliRunner().invoke(app, ["tune-steps", str(copy)], catch_exceptions=False)
