@@ -22,6 +22,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from embdiff import ops
+from embdiff.errors import UserError
 from embdiff.noise import alpha_sigma, expand_gamma
 from embdiff.space import EmbeddingSpace
 
@@ -92,6 +93,8 @@ class Denoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]
         condition_width: int = 128,
     ) -> None:
         super().__init__()
+        if heads < 1 or width % (2 * heads):
+            raise UserError(f"width {width} with {heads} heads: each head needs the same even number of dimensions")
         self.space = EmbeddingSpace(vocab_size, dim)
         self.embed_z = nn.Linear(dim, width, bias=False)
         self.embed_self_cond = nn.Linear(dim, width, bias=False)

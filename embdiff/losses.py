@@ -141,7 +141,7 @@ def variational_bound(
     def draw() -> Tensor:
         return torch.randn(x.shape, generator=generator).to(x.device)
 
-    offset = torch.rand(B, generator=generator, dtype=torch.float64).numpy()
+    offset = float(torch.rand(1, generator=generator, dtype=torch.float64))  # one for all: strata over the batch too
     diffusion = torch.zeros(B, device=x.device)
     for k in range(samples):
         t = (k + (offset + np.arange(B) / B) % 1.0) / samples

@@ -17,6 +17,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from numbers import Real
 from typing import Any, ClassVar, TypeVar, cast
 
 import numpy as np
@@ -47,6 +49,16 @@ def corrupt(x: Tensor, gamma: Tensor, noise: Tensor) -> Tensor:
     """z = alpha x + sigma noise, equation (2). x, noise: [B, L, D]; gamma: [B] or [B, L]."""
     alpha, sigma = alpha_sigma(expand_gamma(gamma, x))
     return alpha * x + sigma * noise
+
+
+def corrupt_further(z: Tensor, gamma: Tensor, to: Tensor, noise: Tensor) -> Tensor:
+    """z at the higher level `to` from z at `gamma`: corrupting in two jumps is one jump in distribution.
+
+    z' = (alpha' / alpha) z + sqrt(sigma'^2 - (alpha' / alpha)^2 sigma^2) noise. gamma, to: [B] or [B, L], gamma <= to.
+    """
+    (alpha, sigma), (alpha_to, sigma_to) = (alpha_sigma(expand_gamma(level, z)) for level in (gamma, to))
+    keep = alpha_to / alpha
+    return keep * z + (sigma_to**2 - (keep * sigma) ** 2).clamp(min=0).sqrt() * noise
 
 
 def noise_from_x0(z: Tensor, x0: Tensor, gamma: Tensor) -> Tensor:
@@ -88,6 +100,9 @@ class NoiseSchedule:
     name: ClassVar[str]
 
     def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if isinstance(value, str) or (isinstance(value, Real) and not math.isfinite(value)):
+                raise UserError(f"{name} {value!r} of the {self.name} schedule is not a finite number")
         if not self.gamma_min < self.gamma_max:
             raise UserError(f"gamma_min {self.gamma_min} must be below gamma_max {self.gamma_max}")
 
@@ -117,7 +132,7 @@ class NoiseSchedule:
         return np.clip((self._inverse(gamma) - lo) / (hi - lo), 0.0, 1.0)
 
     def derivative(self, t: ArrayLike) -> Array:
-        """d gamma / d t > 0 at times t in [0, 1]."""
+        """d gamma / d t at times t in [0, 1]; above 0, but for the ends of a table, where it may be 0."""
         lo, hi = self._ends()
         return self._slope(lo + (hi - lo) * np.asarray(t, dtype=np.float64)) * (hi - lo)
 
@@ -136,6 +151,11 @@ class LinearSchedule(NoiseSchedule):
     beta_start: float = 0.1
     beta_end: float = 20.0
     name: ClassVar[str] = "linear"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.beta_start < self.beta_end:
+            raise UserError(f"beta_start {self.beta_start} must be above 0 and below beta_end {self.beta_end}")
 
     def _integral(self, t: Array) -> Array:
         return self.beta_start * t + 0.5 * (self.beta_end - self.beta_start) * t**2
@@ -202,6 +222,11 @@ class GumbelSchedule(NoiseSchedule):
     mu: float = 0.0
     beta: float = 0.85
     name: ClassVar[str] = "gumbel"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.beta > 0:
+            raise UserError(f"beta {self.beta} is out of range: give a width above 0")
 
     @classmethod
     def initial(cls, dim: int, vocab_size: int) -> GumbelSchedule:
@@ -322,23 +347,23 @@ class TableSchedule(NoiseSchedule):
     def _ends(self) -> tuple[float, float]:
         return 0.0, 1.0
 
+    @cached_property
     def _spline(self) -> Any:
         from scipy.interpolate import PchipInterpolator
 
         return PchipInterpolator(self.times, self.gammas)
 
     def _curve(self, t: Array) -> Array:
-        return np.asarray(self._spline()(t))
+        return np.asarray(self._spline(t))
 
     def _slope(self, t: Array) -> Array:
-        return np.asarray(self._spline()(t, 1))
+        return np.asarray(self._spline(t, 1))
 
     def _inverse(self, gamma: Array) -> Array:
-        spline = self._spline()
         lo, hi = np.zeros_like(gamma), np.ones_like(gamma)
         for _ in range(60):  # bisection, to the last bit of t
             middle = 0.5 * (lo + hi)
-            below = spline(middle) < gamma
+            below = self._spline(middle) < gamma
             lo, hi = np.where(below, middle, lo), np.where(below, hi, middle)
         return 0.5 * (lo + hi)
 

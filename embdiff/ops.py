@@ -11,7 +11,7 @@ The functions named `*_reference` say what the others must give; tests compare t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -51,22 +51,25 @@ def expectation_reference(
 
 
 def expectation(
-    h: Tensor, weight: Tensor, table: Tensor, temperature: float = 1.0, keep: tuple[int, ...] = ()
+    h: Tensor, weight: Tensor, table: Tensor, temperature: float = 1.0, keep: Sequence[int] | Tensor = ()
 ) -> Posterior:
-    """`expectation_reference` in row chunks: softmax in fp32, matrix products in the precision of `h`."""
+    """`expectation_reference` in row chunks: softmax in fp32, matrix products in the precision of `h`.
+
+    keep may be a tensor on the device of `h`, so that nothing is copied there.
+    """
     rows = h.reshape(-1, h.shape[-1])
     weight, table = weight.to(h.dtype), table.to(h.dtype)
-    ids = list(keep)
+    ids = keep if isinstance(keep, Tensor) else list(keep)
     means, kepts = [], []
     for chunk in torch.split(rows, CHUNK):
         logits = F.linear(chunk, weight).float()
-        if ids:
+        if len(ids):
             kepts.append((logits[:, ids] - logits.logsumexp(-1, keepdim=True)).exp())
             logits[:, ids] = -torch.inf
         p = (logits if temperature == 1.0 else logits / temperature).softmax(-1)
         means.append((p.to(h.dtype) @ table).float())
     mean = torch.cat(means).reshape(*h.shape[:-1], table.shape[-1])
-    kept = torch.cat(kepts) if ids else rows.new_zeros((rows.shape[0], 0), dtype=torch.float32)
+    kept = torch.cat(kepts) if len(ids) else rows.new_zeros((rows.shape[0], 0), dtype=torch.float32)
     return Posterior(mean, kept.reshape(*h.shape[:-1], len(ids)))
 
 

@@ -8,9 +8,9 @@ The loop is the algorithm: predict x0, take a solver step, repeat; then round x0
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -23,7 +23,7 @@ from embdiff.batches import Prompts
 from embdiff.denoiser import Context, Denoiser
 from embdiff.errors import UserError
 from embdiff.guidance import ClassifierFreeGuidance, Guidance
-from embdiff.noise import GumbelSchedule
+from embdiff.noise import GumbelSchedule, noise_schedule
 from embdiff.schedulers import EmbeddingScheduler, adapted
 
 Callback = Callable[["TextDiffusionPipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
@@ -48,21 +48,33 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         denoiser, tokenizer: what `embdiff train` made.
         scheduler: any `EmbeddingScheduler`, or one of diffusers' own (see `embdiff.schedulers.foreign`); assign another
             one to `pipe.scheduler` at any time.
+        fitted_schedule: config of the noise schedule that training fitted, by default the scheduler's. It decides where
+            lengths are drawn, whatever scheduler is assigned, and is saved with the pipeline.
     """
 
     denoiser: Denoiser
     tokenizer: PreTrainedTokenizerBase
     scheduler: Any
 
-    def __init__(self, denoiser: Denoiser, tokenizer: PreTrainedTokenizerBase, scheduler: Any) -> None:
+    model_cpu_offload_seq = "denoiser"
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "x0"]
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        tokenizer: PreTrainedTokenizerBase,
+        scheduler: Any,
+        fitted_schedule: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         self.register_modules(denoiser=denoiser, tokenizer=tokenizer, scheduler=scheduler)
-        # Where lengths are decided is the model's affair, whatever scheduler is assigned later.
-        self._fitted = (
-            scheduler.noise_schedule
-            if isinstance(scheduler, EmbeddingScheduler)
-            else GumbelSchedule.initial(denoiser.dim, len(tokenizer))
-        )
+        if fitted_schedule is None:
+            fitted_schedule = (
+                scheduler.noise_schedule
+                if isinstance(scheduler, EmbeddingScheduler)
+                else GumbelSchedule.initial(denoiser.dim, len(tokenizer))
+            ).config()
+        self.register_to_config(fitted_schedule=dict(fitted_schedule))
 
     @torch.no_grad()
     def __call__(
@@ -91,15 +103,15 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
             num_inference_steps: N >= 1, denoiser evaluations.
             guidance_scale: classifier-free guidance u + s (c - u); 1 = off, and needs a prompt to act.
             guidance: further modules.
-            temperature: of the words in the token posterior; 1 samples the model as it is, less is more fluent
-                and less diverse. The probabilities of end-of-text and padding stay as they are, so that texts do
+            temperature: of the words in the token posterior, at least 0.001; 1 samples the model as it is, less is more
+                fluent and less diverse. The probabilities of end-of-text and padding stay as they are, so that texts do
                 not shrink.
             draw_length: while noise is high (t > 0.8) each sample's length is drawn: with one number u in (0, 1) a
                 sample, a position is padding, or the end of text, where u lies in the posterior's share of it, so
                 lengths are distributed as the model has them. False mixes embeddings by probability there too.
-            length_bias: nats taken from the log-odds of padding and end of text wherever embeddings are mixed. One
-                embedding for all padding outweighs the scattered embeddings of words, so without it texts come out
-                short. 0 is the textbook's posterior mean.
+            length_bias: nats, -50 to 50, taken from the log-odds of padding and end of text wherever embeddings are
+                mixed. One embedding for all padding outweighs the scattered embeddings of words, so without it texts
+                come out short. 0 is the textbook's posterior mean.
             max_length: target positions, at most what the model was trained for (the default).
             generator: one from which each sample's seed is drawn, or one for each sample. Noise is drawn sample by
                 sample, so a text does not depend on the batch that it was in.
@@ -118,22 +130,25 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
             raise UserError("the list of prompts is empty: give one or more, or None")
         solver = adapted(self.scheduler)
         length = self._length(max_length)
-        if num_samples < 1:
-            raise UserError(f"num_samples {num_samples} is too few: ask for at least 1")
-        if not (math.isfinite(temperature) and temperature > 0):
-            raise UserError(f"temperature {temperature} is out of range: give a number above 0, 1 is neutral")
-        if not math.isfinite(length_bias):
-            raise UserError(f"length_bias {length_bias} is not a finite number: 0 is neutral, 1 the default")
+        if not isinstance(num_samples, int) or num_samples < 1:
+            raise UserError(f"num_samples {num_samples}: ask for a whole number, at least 1")
+        if not 1e-3 <= temperature < math.inf:
+            raise UserError(f"temperature {temperature} is out of range: give 0.001 or more, 1 is neutral")
+        if not -50 <= length_bias <= 50:
+            raise UserError(f"length_bias {length_bias} is out of range: give -50 to 50; 0 is neutral, 1 the default")
+        if not all(p is None or isinstance(p, str) for p in prompts):
+            raise UserError("a prompt is no string: give one string, a list of strings, or None")
         if output_type not in ("text", "seq", "latent"):
             raise UserError(f"output_type {output_type!r} is unknown: choose text, seq or latent")
         B = len(prompts) * num_samples
         generators = sample_generators(generator, B)
         modules = [ClassifierFreeGuidance(guidance_scale), *guidance]
         contexts = self._contexts(prompts, negative_prompt, num_samples)
+        noise = NoiseAhead(generators, (length, self.denoiser.dim), self.device)
 
         solver.set_timesteps(num_inference_steps, device=self.device)
         solver.set_begin_index(0)
-        z = self._initial_noise(generators, length) * solver.init_noise_sigma
+        z = noise.draw(1)[0] * solver.init_noise_sigma
         quantile = self._uniform(generators) if draw_length else None
         predictor = Predictor(
             self.denoiser,
@@ -142,15 +157,19 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
             temperature,
             self._kept_tokens(),
             quantile,
-            draw_above=float(self._fitted.gamma(DRAW_LENGTH_ABOVE)),
+            draw_above=float(noise_schedule(dict(self.config.fitted_schedule)).gamma(DRAW_LENGTH_ABOVE)),
             length_bias=length_bias,
         )
         x0 = torch.zeros_like(z)
         gammas: list[float] = solver.gammas.tolist()
+        self._num_timesteps = len(gammas)
         with self.progress_bar(total=len(gammas)) as progress:
             for i, t in enumerate(solver.timesteps):
                 x0 = predictor(solver.scale_model_input(z, t), gammas[i], x0)
-                z = solver.step(x0, t, z, generator=generators, return_dict=False)[0]
+                source: dict[str, Any] = {"generator": generators}
+                if isinstance(solver, EmbeddingScheduler):
+                    source = {"variance_noise": noise()} if solver.noisy[i] else {}
+                z = solver.step(x0, t, z, return_dict=False, **source)[0]
                 if callback_on_step_end is not None:
                     changed = callback_on_step_end(self, i, t, {"latents": z, "x0": x0})
                     z = (changed or {}).get("latents", z)
@@ -161,6 +180,11 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         sequences = self.denoiser.space.round(z)
         texts = [] if output_type == "seq" else self.decode(sequences)
         return self._result(texts, sequences, None, return_dict)
+
+    @property
+    def num_timesteps(self) -> int:
+        """Denoiser evaluations of the last run."""
+        return self._num_timesteps
 
     def decode(self, sequences: Tensor) -> list[str]:
         """The texts of token ids [B, L], each up to its end of text."""
@@ -182,13 +206,9 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         trained = int(self.denoiser.config.max_length)
         if max_length is None:
             return trained
-        if not 1 <= max_length <= trained:
+        if not isinstance(max_length, int) or not 1 <= max_length <= trained:
             raise UserError(f"max_length {max_length} is out of range: this model writes 1 to {trained} tokens")
         return max_length
-
-    def _initial_noise(self, generators: list[torch.Generator], length: int) -> Tensor:
-        shape = (length, self.denoiser.dim)
-        return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generators]).to(self.device)
 
     def _uniform(self, generators: list[torch.Generator]) -> Tensor:
         return torch.cat([torch.rand(1, generator=g, device=g.device) for g in generators]).to(self.device)
@@ -242,11 +262,14 @@ class Predictor:
         self.kept = kept if temperature != 1.0 or quantile is not None or length_bias else ()
         self.draw_above = draw_above
         self.length_bias = length_bias
+        # Here, so that nothing is copied to the device in the loop.
+        self.kept_ids = torch.tensor(self.kept, dtype=torch.long, device=denoiser.device)
         self.quantile = None if quantile is None else quantile[:, None, None]
         self.both = None
         if self.modules and self.context is not None and self.other is not None:
             self.both = Context.stack([self.context, self.other])
         self.table = denoiser.space.table()
+        self.kept_embeddings = self.table[self.kept_ids]
         self.weight = denoiser.output_weight().to(denoiser.dtype)
 
     def __call__(self, z: Tensor, gamma: float, self_cond: Tensor) -> Tensor:
@@ -272,7 +295,7 @@ class Predictor:
         return cast(Tensor, self.denoiser(z, level, context, self_cond))
 
     def _posterior(self, h: Tensor) -> ops.Posterior:
-        return ops.expectation(h, self.weight, self.table, self.temperature, self.kept)
+        return ops.expectation(h, self.weight, self.table, self.temperature, self.kept_ids)
 
     def _x0(self, posterior: ops.Posterior, gamma: float) -> Tensor:
         """The mean embedding, with the length tokens drawn at high noise and held back below."""
@@ -284,7 +307,31 @@ class Predictor:
             # q = p e^-b / (p e^-b + 1 - p): the odds of p divided by e^b, shared out as before.
             p = kept.sum(-1, keepdim=True)
             kept = kept / (p + (1 - p) * math.exp(self.length_bias)).clamp(min=1e-12)
-        return kept @ self.table[list(self.kept)] + (1 - kept.sum(-1, keepdim=True)) * mean
+        return kept @ self.kept_embeddings + (1 - kept.sum(-1, keepdim=True)) * mean
+
+
+class NoiseAhead:
+    """The noise of some steps at a time: each sample's from its own generator, in one copy to the device."""
+
+    STEPS = 8
+
+    def __init__(self, generators: list[torch.Generator], shape: tuple[int, int], device: torch.device) -> None:
+        self.generators, self.shape, self.device = generators, shape, device
+        self.ready = list[Tensor]()
+
+    def __call__(self) -> Tensor:
+        """eps of the next noisy step, [B, L, D]."""
+        if not self.ready:
+            self.ready = list(reversed(self.draw(self.STEPS)))
+        return self.ready.pop()
+
+    def draw(self, steps: int) -> list[Tensor]:
+        """eps of so many steps."""
+        drawn = [torch.randn((steps, *self.shape), generator=g, device=g.device) for g in self.generators]
+        noise = torch.stack(drawn, 1)
+        if self.device.type == "cuda" and noise.device.type == "cpu":
+            noise = noise.pin_memory()
+        return list(noise.to(self.device, non_blocking=True).unbind())
 
 
 def sample_generators(

@@ -1,6 +1,7 @@
 """The losses: limits that are known, and the bound against exact likelihoods."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -95,12 +96,31 @@ def test_the_variational_loss_estimates_the_diffusion_term():
     torch.manual_seed(0)
     ids = torch.randint(V, (600, L))
     schedule = GumbelSchedule.initial(16, V)
-    bound = losses.variational_bound(model, Batch(ids), schedule, torch.Generator().manual_seed(1), samples=4)
-    t = (torch.arange(600, dtype=torch.float64) + 0.5) / 600
-    gamma = torch.from_numpy(schedule.gamma(t.numpy())).float()
-    density = torch.from_numpy(1 / schedule.derivative(t.numpy())).float()
-    values = [
-        losses.variational_loss(model, Batch(ids), gamma, torch.randn(600, L, 16), True, density).total.item()
-        for _ in range(4)
-    ]
-    assert sum(values) / 4 == pytest.approx(bound.diffusion.mean().item() / L, rel=0.15)
+    batch, runs = Batch(ids), 12
+    generators = [torch.Generator().manual_seed(seed) for seed in range(runs)]
+    bounds = [losses.variational_bound(model, batch, schedule, g, samples=4).diffusion.mean() / L for g in generators]
+    values = []
+    batch, rows = Batch(ids.repeat(4, 1)), 2400  # as many levels as there: a few of them decide, at low noise
+    for _ in range(runs):
+        t = ((torch.arange(rows, dtype=torch.float64) + torch.rand(1).double()) / rows).numpy()
+        gamma = torch.from_numpy(schedule.gamma(t)).float()
+        density = torch.from_numpy(1 / schedule.derivative(t)).float()
+        values.append(losses.variational_loss(model, batch, gamma, torch.randn(rows, L, 16), True, density).total)
+    assert torch.stack(values).mean().item() == pytest.approx(torch.stack(bounds).mean().item(), rel=0.1)
+
+
+def test_the_bound_draws_its_levels_in_strata_over_the_whole_batch(monkeypatch):
+    model = lively(Denoiser(9, dim=8, width=16, depth=1, heads=2, condition_width=8))
+    seen = []
+    features = losses.features
+
+    def spy(denoiser, batch, x, gamma, *rest):
+        seen.append(gamma)
+        return features(denoiser, batch, x, gamma, *rest)
+
+    monkeypatch.setattr(losses, "features", spy)
+    schedule = GumbelSchedule.initial(8, 9)
+    losses.variational_bound(model, Batch(torch.zeros(16, 3, dtype=torch.long)), schedule, torch.Generator(), samples=3)
+    times = sorted(schedule.t(torch.cat(seen).double().numpy()))
+    gaps = [later - earlier for earlier, later in pairwise([*times, times[0] + 1])]
+    assert max(gaps) == pytest.approx(1 / 48, abs=1e-3)

@@ -55,6 +55,19 @@ def test_gamma_per_position_equals_gamma_per_example_position_by_position():
         )
 
 
+@given(st.floats(-8, 8), st.floats(0, 6), st.floats(-2, 2))
+def test_corrupting_in_two_jumps_is_one_jump_in_distribution(gamma, rise, x):
+    """Mean and variance of the second jump's result, from those of the first; both are Gaussian."""
+    low, high = (torch.tensor([level], dtype=torch.float64) for level in (gamma, gamma + rise))
+    (alpha, sigma), (alpha_to, sigma_to) = alpha_sigma(low), alpha_sigma(high)
+    one, zero = torch.ones(1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, dtype=torch.float64)
+    mean = noise.corrupt_further(alpha * x * one, low, high, zero)
+    kept = noise.corrupt_further(sigma * one, low, high, zero)
+    fresh = noise.corrupt_further(zero, low, high, one)
+    assert torch.allclose(mean, alpha_to * x * one, atol=1e-12)
+    assert torch.allclose(kept**2 + fresh**2, sigma_to**2 * one, atol=1e-12)
+
+
 def test_marginals_have_the_declared_mean_and_variance():
     """Kolmogorov-Smirnov at a false-alarm rate of 1e-4 for each of three levels; seeded, so it never flips."""
     generator = torch.Generator().manual_seed(3)
@@ -147,6 +160,19 @@ def test_the_fit_continues_from_its_state(kind):
 def test_tables_that_do_not_rise_are_refused(table, cause):
     with pytest.raises(UserError, match=cause):
         noise_schedule({"name": "table", **table})
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"name": "gumbel", "beta": 0.0}, {"name": "gumbel", "mu": float("nan")}, {"name": "linear", "beta_start": -1.0},
+        {"name": "cosine", "gamma_max": float("inf")}, {"name": "cosine", "gamma_min": "low"},
+        {"name": "karras", "rho": 0.0}, {"name": "sigmoid", "start": 4.0},
+    ],
+)  # fmt: skip
+def test_parameters_out_of_range_are_refused(spec):
+    with pytest.raises(UserError):
+        noise_schedule(spec)
 
 
 @pytest.mark.parametrize("spec", ["cubic", {"name": "cosine", "beta": 1}, {"gamma_min": 0}])

@@ -94,7 +94,7 @@ def test_the_length_bias_divides_the_odds_of_ending(pad, share, bias):
     kept = torch.tensor([[[pad * share, pad * (1 - share)]]], dtype=torch.float32)
     table = torch.eye(9, 8)
     table[8] = 0
-    predictor.table = table
+    predictor.table, predictor.kept_embeddings = table, table[[0, 2]]
     x0 = predictor._x0(ops.Posterior(table[7].expand(1, 1, -1), kept), 0.0)[0, 0]
     p = pad * math.exp(-bias) / (pad * math.exp(-bias) + 1 - pad)
     assert x0[0].item() == pytest.approx(p * share, abs=1e-5)

@@ -18,11 +18,11 @@ from embdiff.errors import UserError
 class Guidance:
     """A module that combines branches of the prediction.
 
-    Every branch is one forward pass of the denoiser under its own context; all of them run in one batch. `combine`
-    is called with the value under the prompt and the value of the extra branch: features (logits are linear in
-    them) if `space` is "logits", mean embeddings if it is "x0".
+    There are two branches, the prediction under the prompt and the one without it or under the negative prompt; they
+    run in one batch. `combine` is called with both values: features (logits are linear in them) if `space` is
+    "logits", mean embeddings if it is "x0". Without a prompt there is nothing to combine, and modules do not act.
 
-    scale: 1 = off. min_gamma, max_gamma: the interval of noise levels in which the module acts.
+    scale: 1 = off, at most 1e4 in size. min_gamma, max_gamma: the interval of noise levels in which the module acts.
     """
 
     scale: float = 1.0
@@ -31,8 +31,11 @@ class Guidance:
     max_gamma: float = math.inf
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.scale):
-            raise UserError(f"guidance scale {self.scale} is not a finite number: 1 is off, 1.5 to 3 are usual")
+        if not abs(self.scale) <= 1e4:
+            what = "out of range" if math.isfinite(self.scale) else "not a finite number"
+            raise UserError(f"guidance scale {self.scale} is {what}: 1 is off, 1.5 to 3 are usual")
+        if not self.min_gamma <= self.max_gamma:
+            raise UserError(f"min_gamma {self.min_gamma} must not be above max_gamma {self.max_gamma}")
         if self.space not in ("x0", "logits"):
             raise UserError(f"guidance space {self.space!r} is unknown: choose x0 or logits")
 

@@ -66,15 +66,30 @@ DIFFUSERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+# Options of diffusers' schedulers that change the levels in ways of their own.
+NO_IMAGE = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_flow_sigmas", "use_lu_lambdas",
+            "rescale_betas_zero_snr")  # fmt: skip
+
+
 def to_diffusers(scheduler: EmbeddingScheduler, cls: type[Any] | None = None) -> Any:
     """A diffusers scheduler with the noise schedule of ours; of its own counterpart, or of any class with betas.
 
     Raises:
-        UserError: diffusers has no such solver, or the class has no betas.
+        UserError: diffusers has no such solver or option, or the class has no betas.
     """
     import diffusers
 
-    name = next(name for name, ours in SCHEDULERS.items() if type(scheduler) is ours)
+    name = next((name for name, ours in SCHEDULERS.items() if type(scheduler) is ours), None)
+    if name is None:
+        raise UserError(f"{type(scheduler).__name__} is no scheduler of embdiff: choose {', '.join(SCHEDULERS)}")
+    eta = scheduler.config.get("eta", 0.0)
+    if name == "ddim" and eta == 1.0:
+        name = "ddpm"
+    elif eta:
+        raise UserError(f"eta {eta} is an argument of diffusers' step, not an option: take eta 0 or 1")
+    for option in ("nodes", "levels"):
+        if scheduler.config[option]:
+            raise UserError(f"diffusers has no counterpart of {option}: convert a scheduler without them")
     counterpart, options = DIFFUSERS.get(name, ("", {}))
     if cls is None:
         if not counterpart:
@@ -99,8 +114,13 @@ def from_diffusers(scheduler: Any) -> EmbeddingScheduler:
     for name, (counterpart, options) in DIFFUSERS.items():
         wanted = {k: options[k] for k in ("algorithm_type", "solver_order") if k in options}
         if type(scheduler).__name__ == counterpart and all(config.get(k) == v for k, v in wanted.items()):
-            karras = {"nodes": "karras"} if config.get("use_karras_sigmas") else {}
-            return cast(EmbeddingScheduler, SCHEDULERS[name].from_config(config, **karras))
+            strange = [option for option in NO_IMAGE if config.get(option)]
+            if name == "unipc" and config.get("solver_type") != options["solver_type"]:
+                strange.append("solver_type")
+            if strange:
+                raise UserError(f"{type(scheduler).__name__} with {', '.join(strange)} has no counterpart in embdiff: "
+                                "assign it as it is")  # fmt: skip
+            return cast(EmbeddingScheduler, SCHEDULERS[name].from_config(config))
     names = ", ".join(sorted({counterpart for counterpart, _ in DIFFUSERS.values()}))
     raise UserError(
         f"{type(scheduler).__name__} has no counterpart in embdiff: assign it as it is, or take one of {names}"

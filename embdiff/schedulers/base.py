@@ -49,6 +49,10 @@ NEUTRAL = {
 }
 
 
+# What the configs of diffusers' schedulers over sigmas or flows have, which hold no discrete noise schedule.
+NO_BETAS = {"sigma_min", "base_shift"}
+
+
 class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     """What all solvers share. Timesteps are t * num_train_timesteps with t in [0, 1], fp32, falling.
 
@@ -59,7 +63,7 @@ class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         nodes: the noise schedule whose even quantiles are the sampling levels, for instance "karras"; None =
             `noise_schedule`, so levels are even in t.
         levels: for some numbers of steps, as strings, their falling gammas (from `embdiff tune-steps`); they are used
-            where `nodes` is None.
+            where `nodes` is None, by solvers of one evaluation a level.
         trained_betas: a discrete noise schedule as diffusers' classes take it, instead of `noise_schedule`; it is
             kept as a table.
     """
@@ -87,10 +91,13 @@ class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     ) -> None:
         if prediction_type != "sample":
             raise UserError(f"prediction_type {prediction_type!r}: embdiff models predict x0, use 'sample'")
+        if num_train_timesteps < 1:
+            raise UserError(f"num_train_timesteps {num_train_timesteps} is too small: 1000 is usual")
         if trained_betas is not None:
             kept: Array = np.cumprod(1.0 - np.array(trained_betas, dtype=np.float64), dtype=np.float64)
             self.register_to_config(noise_schedule=schedule_of_signal(kept).config(), trained_betas=None)
         self.init_noise_sigma = 1.0
+        check_levels(levels or {}, self.noise_schedule)
         self.num_inference_steps: int | None = None
         self._follow_plan(self._plan(min(num_train_timesteps, 1000)))
 
@@ -110,12 +117,8 @@ class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def _levels(self, n: int) -> list[Level]:
         """n levels: those that were tuned, or the node schedule's quantiles 1, 1 - 1 / n, .., 1 / n."""
-        tuned = (self.config.levels or {}).get(str(n)) if self.config.nodes is None else None
-        gammas = (
-            self.node_schedule.gamma(1.0 - np.arange(n) / n) if tuned is None else np.array(tuned, dtype=np.float64)
-        )
-        if len(gammas) != n:
-            raise UserError(f"levels for {n} steps are {len(gammas)} numbers: give {n} falling gammas")
+        tuned = (self.config.levels or {}).get(str(n)) if self.config.nodes is None and self.order == 1 else None
+        gammas = self.node_schedule.gamma(1.0 - np.arange(n) / n) if tuned is None else np.array(tuned)
         if np.any(np.diff(gammas.astype(np.float32)) >= 0):
             raise UserError(f"{n} steps are more than the {self.node_schedule.name} schedule resolves: take fewer")
         return [Level(float(gamma)) for gamma in gammas]
@@ -155,12 +158,17 @@ class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     @classmethod
     def from_config(cls, config: Any = None, **kwargs: Any) -> Any:
         """A scheduler from the config of another one, ours or diffusers', with its noise schedule."""
-        if isinstance(config, Mapping) and "noise_schedule" in config:
-            if config.get("trained_betas") is not None:  # added by `config`, they say the same
+        if isinstance(config, Mapping):
+            listed = config.get("trained_betas")
+            if "beta_schedule" in config and not same_betas(config.get("noise_schedule"), listed):
+                kwargs.setdefault("noise_schedule", schedule_of_config(config).config())
+                config = {"num_train_timesteps": config["num_train_timesteps"]}
+            elif (
+                "noise_schedule" in config and listed is not None
+            ):  # added by `config`
                 config = {name: value for name, value in config.items() if name != "trained_betas"}
-        elif isinstance(config, Mapping) and "beta_schedule" in config:
-            kwargs.setdefault("noise_schedule", schedule_of_config(config).config())
-            config = {"num_train_timesteps": config["num_train_timesteps"]}
+            elif not {"noise_schedule", "trained_betas"} & {*config, *kwargs} and not NO_BETAS.isdisjoint(config):
+                raise UserError(f"the config of {config.get('_class_name')} has no betas: name a noise_schedule")
         return super().from_config(config, **kwargs)
 
     @property
@@ -187,6 +195,8 @@ class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     ) -> None:
         """Chooses the noise levels and compiles the table: one row for each evaluation of the denoiser.
 
+        `noisy` then says for each row whether its step adds noise.
+
         Args:
             num_inference_steps: N >= 1 evaluations, at the schedule's own levels.
             timesteps: N falling timesteps instead, [N]; or [N, L] or [N, B, L], where every position has its own. A
@@ -203,11 +213,7 @@ class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             self.num_inference_steps = len(times)
             self._follow(rows_of_times(times, gammas, self._through, device), gammas, times, device)
             return
-        if not isinstance(num_inference_steps, Real) or not float(num_inference_steps).is_integer():
-            raise UserError(f"steps must be a whole number, got {num_inference_steps!r}")
-        if num_inference_steps < 1:
-            raise UserError(f"steps must be at least 1, got {num_inference_steps}")
-        self.num_inference_steps = int(num_inference_steps)
+        self.num_inference_steps = whole_steps(num_inference_steps)
         self._follow_plan(self._plan(self.num_inference_steps), device)
 
     def _follow_plan(self, plan: list[Step], device: str | torch.device | None = None) -> None:
@@ -218,6 +224,7 @@ class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self, table: Sequence[Row | Rows], gammas: Array, times: Array, device: str | torch.device | None
     ) -> None:
         self._table, self._times = table, times
+        self.noisy = [bool(torch.as_tensor(row.s).any()) for row in table]
         self.gammas = torch.tensor(gammas, dtype=torch.float32, device=device)
         self.timesteps = torch.tensor(times * self.config.num_train_timesteps, dtype=torch.float32, device=device)
         self._begin_index: int | None = None
@@ -249,14 +256,19 @@ class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
         """Applies the next row of the table, equation (3).
 
-        The first call after `set_timesteps` looks up `timestep`, on the schedule or off it: the nearest row. Later
-        calls follow the table in order whatever they name, as diffusers' multistep solvers do, and after the last row
-        the next call looks up again.
+        The first call after `set_timesteps` takes the row of `set_begin_index`, or else looks up `timestep`, on the
+        schedule or off it: the nearest row. Later calls follow the table in order whatever they name, as diffusers'
+        multistep solvers do, and what comes after the last row is a first call again.
 
         Args:
             model_output: x0 [B, L, D]. sample: z [B, L, D]. generator: one, or one for each of the B samples.
             variance_noise: eps [B, L, D], instead of drawing it.
+
+        Raises:
+            UserError: x0 and z differ in shape, or `timestep` is looked up and is no number.
         """
+        if model_output.shape != sample.shape:
+            raise UserError(f"model_output {list(model_output.shape)} and sample {list(sample.shape)} differ in shape")
         index = self._step_index
         if index is None:
             index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
@@ -265,11 +277,12 @@ class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         predictions = (model_output, *(self._history or (model_output, model_output)))
         row = self._table[index]
         noise = variance_noise
-        if noise is None and (isinstance(row, Rows) or row.s):
+        if noise is None and self.noisy[index]:
             noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
         prev = advance(row, sample, predictions, noise)
-        self._history = remembered(row, predictions)
-        self._step_index = index + 1 if index + 1 < len(self._table) else None
+        last = index + 1 == len(self._table)
+        self._history = None if last else remembered(row, predictions)
+        self._step_index = None if last else index + 1
         return SchedulerOutput(prev, model_output) if return_dict else (prev, model_output)
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
@@ -285,19 +298,31 @@ class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return velocity(sample, noise, self.gamma_of(timesteps).to(sample))
 
     def gamma_of(self, timesteps: float | Tensor) -> Tensor:
-        """gamma of any timesteps in [0, num_train_timesteps], on the schedule or off it, fp32."""
+        """gamma of any timesteps in [0, num_train_timesteps], on the schedule or off it, fp32.
+
+        Raises UserError for timesteps out of that range, by more than rounding.
+        """
         times = torch.as_tensor(timesteps)
         t = times.detach().cpu().double().numpy() / self.config.num_train_timesteps
+        if not np.all((t > -1e-6) & (t < 1 + 1e-6)):
+            raise UserError(f"timesteps out of range: give numbers from 0 to {self.config.num_train_timesteps}")
         return torch.tensor(self.noise_schedule.gamma(t), dtype=torch.float32, device=times.device)
 
     def index_for_timestep(self, timestep: float | Tensor) -> int:
-        """The row whose timestep is nearest; of [L] timesteps, on average."""
+        """The row whose timestep is nearest; of [L] timesteps, on average.
+
+        Of two rows at one timestep, as Heun's method has them, it is the second: there a step begins.
+        """
         times = torch.as_tensor(timestep).detach().cpu().double().numpy() / self.config.num_train_timesteps
-        return int(np.abs(self._times - times).reshape(len(self._times), -1).mean(1).argmin())
+        away = np.abs(self._times - times).reshape(len(self._times), -1).mean(1)
+        if np.isnan(away).any():
+            raise UserError(f"timestep {timestep} is no number")
+        nearest = np.flatnonzero(away == away.min())
+        return int(nearest[min(1, len(nearest) - 1)])
 
     @property
     def step_index(self) -> int | None:
-        """The row that the next `step` applies; None before the first."""
+        """The row that the next `step` applies; None before the first and after the last."""
         return self._step_index
 
     @property
@@ -311,6 +336,35 @@ class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def __len__(self) -> int:
         return int(self.config.num_train_timesteps)
+
+
+def whole_steps(steps: Any) -> int:
+    """A number of steps, at least 1; anything else raises UserError."""
+    if not isinstance(steps, Real) or not float(steps).is_integer():
+        raise UserError(f"steps must be a whole number, got {steps!r}")
+    if steps < 1:
+        raise UserError(f"steps must be at least 1, got {steps}")
+    return int(float(steps))
+
+
+def check_levels(levels: Mapping[str, Sequence[float]], schedule: NoiseSchedule) -> None:
+    """Raises UserError where levels can't be sampled at."""
+    for steps, gammas in levels.items():
+        if not isinstance(steps, str) or not steps.isdecimal():
+            raise UserError(f"levels for {steps!r} steps: give the number as a string, like '8'")
+        if len(gammas) != int(steps):
+            raise UserError(f"levels for {steps} steps are {len(gammas)} numbers: give {steps} falling gammas")
+        low, high = schedule.gamma_min - 1e-6, schedule.gamma_max + 1e-6
+        if not np.all(np.diff(gammas) < 0) or not low <= gammas[-1] <= gammas[0] <= high:
+            raise UserError(f"levels for {steps} steps must fall, from {high:.4g} at most to {low:.4g} at least")
+
+
+def same_betas(schedule: Any, listed: Any) -> bool:
+    """Whether a noise schedule's discrete betas are those listed."""
+    if schedule is None or listed is None:
+        return False
+    own = betas(noise_schedule(schedule), len(listed))
+    return bool(np.allclose(own, np.asarray(listed, dtype=np.float64)))
 
 
 def betas(schedule: NoiseSchedule, steps: int) -> list[float]:

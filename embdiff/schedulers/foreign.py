@@ -14,6 +14,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 from embdiff.errors import UserError
-from embdiff.schedulers.base import EmbeddingScheduler, Generators
+from embdiff.schedulers.base import EmbeddingScheduler, Generators, whole_steps
 
 
 class Call(NamedTuple):
@@ -72,6 +73,7 @@ WAYS: tuple[tuple[str | None, Callable[[Tensor, Tensor, Call], Tensor]], ...] = 
     (None, _velocity),
     (None, _flow),
 )
+START = 2.0  # gamma from which on pure noise may be handed over: the signal is at most a third
 _known: dict[str, int] = {}
 
 
@@ -100,9 +102,11 @@ class ForeignScheduler:
     def _first_way(self, scheduler: Any) -> tuple[Any, Callable[[Tensor, Tensor, Call], Tensor]]:
         """The scheduler with its `prediction_type`, and the conversion, with which a run ends at the x0 it is given."""
         key = self.name + json.dumps(dict(scheduler.config), sort_keys=True, default=str)
+        if key in _known:
+            kind, convert = WAYS[_known[key]]
+            return _configured(scheduler, kind), convert
         missed, failed = list[str](), list[str]()
-        for i in [_known[key]] if key in _known else range(len(WAYS)):
-            kind, convert = WAYS[i]
+        for i, (kind, convert) in enumerate(WAYS):
             try:
                 candidate = _configured(scheduler, kind)
                 if candidate is not None:
@@ -118,10 +122,12 @@ class ForeignScheduler:
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Chooses the noise levels, as the wrapped scheduler does; they are read off a dry run."""
+        steps = whole_steps(num_inference_steps)
         try:
-            self.calls = dry_run(self.scheduler, self.convert, num_inference_steps)
-        except MissedError as error:
-            raise UserError(f"scheduler {self.name} can't take {num_inference_steps} steps: {error}") from error
+            self.calls = dry_run(self.scheduler, self.convert, steps)
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"scheduler {self.name} can't take {steps} steps: {reason}") from error
         self.scheduler = _rewound(self.scheduler, num_inference_steps, device)
         self.timesteps: Tensor = self.scheduler.timesteps
         self.gammas = torch.tensor([call.gamma for call in self.calls], dtype=torch.float32, device=device)
@@ -155,8 +161,8 @@ class ForeignScheduler:
 def dry_run(scheduler: Any, convert: Callable[[Tensor, Tensor, Call], Tensor], steps: int) -> list[Call]:
     """The levels of all calls of a run with a known x0.
 
-    Raises MissedError where samples are not alpha x0 + sigma eps, or the run ends further from x0 than 1e-3 or twice
-    the noise of the last call, which some leave in.
+    Raises MissedError where samples are not alpha x0 + sigma eps, where the noise rises or does not start high, or the
+    run ends further from x0 than 1e-3 or twice the noise of the last call, which some leave in, but 0.05 at most.
     """
     scheduler = _rewound(copy.deepcopy(scheduler), steps, None)
     random = torch.Generator().manual_seed(0)
@@ -174,9 +180,16 @@ def dry_run(scheduler: Any, convert: Callable[[Tensor, Tensor, Call], Tensor], s
             raise MissedError(f"its samples hold {spread:.2g} times the noise of their level")
         calls.append(call)
         sample = scheduler.step(convert(x0, sample, call), t, sample, return_dict=False, **options)[0]
-    assert sample is not None
+    if sample is None:
+        raise MissedError("it makes no calls")
+    if any(later.gamma > call.gamma + 1e-3 for call, later in pairwise(calls)):
+        raise MissedError("its noise rises")
+    if calls[0].gamma < START:
+        raise MissedError(
+            f"it starts from pure noise but calls it gamma {calls[0].gamma:.2g}, which is below {START:g}"
+        )
     error = float((sample - x0).square().mean().sqrt())
-    if not error < max(1e-3, 2 * calls[-1].sigma / calls[-1].alpha):
+    if not error < max(1e-3, min(0.05, 2 * calls[-1].sigma / calls[-1].alpha)):
         raise MissedError(f"it ends {error:.2g} (root mean square) from a known x0")
     return calls
 
@@ -208,7 +221,10 @@ def _level(scheduler: Any, t: Tensor, sample: Tensor) -> Call:
 
 
 def _configured(scheduler: Any, prediction_type: str | None) -> Any:
-    """A copy with this `prediction_type`, and without clipping; None where the class doesn't go with it."""
+    """A copy with this `prediction_type`, without clipping, from t = 1 on; None where the class doesn't go with it.
+
+    Copied, not made anew, so that what was set at run time stays.
+    """
     known = inspect.signature(type(scheduler).__init__).parameters
     if ("prediction_type" in known) != (prediction_type is not None):
         return None
@@ -216,7 +232,11 @@ def _configured(scheduler: Any, prediction_type: str | None) -> Any:
     changes |= {name: False for name in ("clip_sample", "thresholding") if name in known}
     if prediction_type == "flow_prediction" and "use_flow_sigmas" in known:
         changes["use_flow_sigmas"] = True
-    return type(scheduler).from_config(scheduler.config, **changes)
+    if "timestep_spacing" in scheduler.config.get("_use_default_values", ()):
+        changes["timestep_spacing"] = "trailing"  # the others call pure noise half clean if steps are few
+    changed = copy.deepcopy(scheduler)
+    changed.register_to_config(**changes)
+    return changed
 
 
 def _rewound(scheduler: Any, steps: int, device: str | torch.device | None) -> Any:
