@@ -80,7 +80,13 @@ class Examiner:
 
     def __call__(self, steps: int, solver: str, options: dict[str, Any], power: float = 1.0) -> Trial:
         """One candidate."""
-        texts = [self._known(text) for text in self.draw(self.scheduler(solver, options, {steps: power}), steps)]
+        return self.judged(
+            self.draw(self.scheduler(solver, options, {steps: power}), steps), steps, solver, options, power
+        )
+
+    def judged(self, texts: Sequence[str], steps: int, solver: str, options: dict[str, Any], power: float) -> Trial:
+        """The trial of a candidate that drew `texts`."""
+        texts = [self._known(text) for text in texts]
         coverage = NGram.fit(texts, order=3, vocabulary=self.judge.vocabulary).cross_entropy(self.real)
         return Trial(steps, solver, options, power, self.judge.cross_entropy(texts), coverage)
 

@@ -163,9 +163,7 @@ class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             if "beta_schedule" in config and not same_betas(config.get("noise_schedule"), listed):
                 kwargs.setdefault("noise_schedule", schedule_of_config(config).config())
                 config = {"num_train_timesteps": config["num_train_timesteps"]}
-            elif (
-                "noise_schedule" in config and listed is not None
-            ):  # added by `config`
+            elif "noise_schedule" in config and listed is not None:  # added by `config`
                 config = {name: value for name, value in config.items() if name != "trained_betas"}
             elif not {"noise_schedule", "trained_betas"} & {*config, *kwargs} and not NO_BETAS.isdisjoint(config):
                 raise UserError(f"the config of {config.get('_class_name')} has no betas: name a noise_schedule")

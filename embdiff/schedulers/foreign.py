@@ -42,6 +42,10 @@ class Call(NamedTuple):
         return 2 * math.log(self.sigma / self.alpha)
 
 
+def _sample(x0: Tensor, s: Tensor, call: Call) -> Tensor:
+    return x0
+
+
 def _epsilon(x0: Tensor, s: Tensor, call: Call) -> Tensor:
     return (s - call.alpha * x0) / call.sigma
 
@@ -63,18 +67,25 @@ def _edm(x0: Tensor, s: Tensor, call: Call) -> Tensor:
 
 # The value of the scheduler's `prediction_type`, if it has one, and what it then wants. In order of preference.
 WAYS: tuple[tuple[str | None, Callable[[Tensor, Tensor, Call], Tensor]], ...] = (
-    ("sample", lambda x0, s, call: x0),
+    ("sample", _sample),
     ("epsilon", _epsilon),
     ("v_prediction", _velocity),
     ("flow_prediction", _flow),
     ("epsilon", _edm),
-    (None, lambda x0, s, call: x0),
+    (None, _sample),
     (None, _epsilon),
     (None, _velocity),
     (None, _flow),
 )
 START = 2.0  # gamma from which on pure noise may be handed over: the signal is at most a third
 _known: dict[str, int] = {}
+
+
+class DryRun(NamedTuple):
+    """The levels of all calls, and how far (root mean square) the run ended from the x0 it was given."""
+
+    calls: list[Call]
+    error: float
 
 
 class MissedError(ValueError):
@@ -124,7 +135,7 @@ class ForeignScheduler:
         """Chooses the noise levels, as the wrapped scheduler does; they are read off a dry run."""
         steps = whole_steps(num_inference_steps)
         try:
-            self.calls = dry_run(self.scheduler, self.convert, steps)
+            self.calls = dry_run(self.scheduler, self.convert, steps).calls
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"scheduler {self.name} can't take {steps} steps: {reason}") from error
@@ -158,8 +169,8 @@ class ForeignScheduler:
         return (prev if self._index < len(self.calls) else model_output), model_output
 
 
-def dry_run(scheduler: Any, convert: Callable[[Tensor, Tensor, Call], Tensor], steps: int) -> list[Call]:
-    """The levels of all calls of a run with a known x0.
+def dry_run(scheduler: Any, convert: Callable[[Tensor, Tensor, Call], Tensor], steps: int) -> DryRun:
+    """A run with a known x0.
 
     Raises MissedError where samples are not alpha x0 + sigma eps, where the noise rises or does not start high, or the
     run ends further from x0 than 1e-3 or twice the noise of the last call, which some leave in, but 0.05 at most.
@@ -191,7 +202,7 @@ def dry_run(scheduler: Any, convert: Callable[[Tensor, Tensor, Call], Tensor], s
     error = float((sample - x0).square().mean().sqrt())
     if not error < max(1e-3, min(0.05, 2 * calls[-1].sigma / calls[-1].alpha)):
         raise MissedError(f"it ends {error:.2g} (root mean square) from a known x0")
-    return calls
+    return DryRun(calls, error)
 
 
 def _scaled(scheduler: Any, sample: Tensor, t: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 import inspect
 import json
+import os
+from pathlib import Path
 
 import diffusers.schedulers
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 
 from embdiff.errors import UserError
 from embdiff.schedulers import DIFFUSERS, SCHEDULERS, DDIMScheduler, adapted, from_diffusers, to_diffusers
-from embdiff.schedulers.foreign import ForeignScheduler
+from embdiff.schedulers.foreign import ForeignScheduler, dry_run
 
 diffusers_logging.set_verbosity_error()
 NOISE = {"name": "cosine", "gamma_min": -6.0, "gamma_max": 8.0}
@@ -20,10 +22,12 @@ NOISE = {"name": "cosine", "gamma_min": -6.0, "gamma_max": 8.0}
 WORKING = (
     *("CogVideoXDDIM", "DDIM", "DDIMParallel", "DDPM", "DDPMParallel", "DEISMultistep", "DPMSolverMultistep"),
     *("DPMSolverSinglestep", "EDMDPMSolverMultistep", "EDMEuler", "EulerAncestralDiscrete", "EulerDiscrete"),
-    *("FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete", "HeunDiscrete", "KDPM2AncestralDiscrete", "KDPM2Discrete"),
-    *("LCM", "LMSDiscrete", "PNDM", "SASolver", "TCD", "UniPCMultistep"),
+    *("FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete", "FlowMatchLCM", "FlowMapEulerDiscrete", "HeunDiscrete"),
+    *("KDPM2AncestralDiscrete", "KDPM2Discrete", "LCM", "LMSDiscrete", "PNDM", "SASolver", "TCD", "UniPCMultistep"),
 )
-REFUSED = ("DDIMInverse", "DDPMWuerstchen", "DiscreteDDIM", "KarrasVe", "RePaint", "UnCLIP")
+REFUSED = ("CMStochasticIterative", "DDIMInverse", "DDPMWuerstchen", "DPMSolverMultistepInverse", "DiscreteDDIM",
+           "KarrasVe", "RePaint", "ScoreSdeVe", "ScoreSdeVp", "UnCLIP")  # fmt: skip
+TABLE = Path(__file__).parents[2] / "docs" / "diffusers.md"
 
 
 def foreign(name: str):
@@ -80,8 +84,46 @@ def test_a_foreign_scheduler_shows_the_model_what_its_gamma_says(name):
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_one_that_cannot_be_right_is_refused_with_the_reason(name):
-    with pytest.raises(UserError, match=rf"{name}Scheduler can't sample from embdiff models: \w+"):
+    with pytest.raises(UserError, match=rf"scheduler {name}Scheduler (can't sample from embdiff models: \w+|is no)"):
         adapted(foreign(name))
+
+
+def verdict(cls) -> tuple[str, str]:
+    """What becomes of one of diffusers' schedulers under our models, in 20 steps."""
+    try:
+        scheduler = cls()
+    except (TypeError, ImportError) as error:
+        return "-", "needs arguments of its own" if isinstance(error, TypeError) else "needs another library"
+    try:
+        solver = adapted(scheduler)
+        error = dry_run(solver.scheduler, solver.convert, 20).error
+    except UserError as error:
+        return "refused", str(error).split(": ", 1)[1].removesuffix("; take one of embdiff's")
+    kind = {"sample": "x0", "epsilon": "noise", "velocity": "v", "flow": "flow", "edm": "EDM's F"}
+    return (
+        "runs",
+        f"takes {kind[solver.convert.__name__[1:]]}; ends {'< 1e-6' if error < 1e-6 else f'{error:.0e}'} from x0",
+    )
+
+
+def test_the_table_in_the_docs_says_what_happens():
+    """Every class that diffusers exports is in it. `WRITE_DOCS=1 pytest tests/schedulers/test_foreign.py` writes it."""
+    names = sorted(name for name in dir(diffusers.schedulers) if name.endswith("Scheduler"))
+    classes = {name: getattr(diffusers.schedulers, name) for name in names}
+    rows = {name: verdict(cls) for name, cls in classes.items() if inspect.isclass(cls)}
+    assert {name for name, (word, _) in rows.items() if word == "runs"} >= {f"{name}Scheduler" for name in WORKING}
+    heading = f"# diffusers' schedulers under our models\n\ndiffusers {diffusers.__version__}; 20 steps, a known x0."
+    lines = ["| scheduler | | |", "|---|---|---|", *(f"| {name} | {a} | {b} |" for name, (a, b) in rows.items())]
+    if os.environ.get("WRITE_DOCS"):
+        TABLE.write_text(f"{heading} Made by `tests/schedulers/test_foreign.py`.\n\n" + "\n".join(lines) + "\n")
+    text = TABLE.read_text()
+    if not text.startswith(heading):
+        pytest.skip("the table is of another version of diffusers")
+    words = {
+        line.split("|")[1].strip(): line.split("|")[2].strip() for line in text.splitlines() if "Scheduler" in line
+    }
+    missing = [name for name, (word, _) in rows.items() if word != "-" and words.get(name) != word]
+    assert not missing, f"docs/diffusers.md is out of date for {missing}: write it again with WRITE_DOCS=1"
 
 
 def test_one_that_is_right_with_many_steps_only_says_so():
@@ -95,6 +137,75 @@ def test_one_that_is_right_with_many_steps_only_says_so():
 def test_what_is_no_scheduler_is_refused():
     with pytest.raises(UserError, match="no diffusers scheduler"):
         adapted(torch.nn.Linear(1, 1))
+
+
+def test_few_steps_start_from_noise_too():
+    """diffusers' default spacing starts a run of one step at its cleanest level."""
+    for name in ("DDIM", "DDPM", "CogVideoXDDIM", "EulerDiscrete", "LMSDiscrete"):
+        solver = adapted(foreign(name))
+        for steps in (1, 2, 4):
+            solver.set_timesteps(steps)
+            assert solver.gammas[0] > 3
+    own = adapted(diffusers.schedulers.DDIMScheduler(timestep_spacing="leading", steps_offset=1))
+    with pytest.raises(UserError, match="can't take 1 steps: it starts from pure noise"):
+        own.set_timesteps(1)
+
+
+@pytest.mark.parametrize("steps", [0, 2.5, 5000])
+@pytest.mark.parametrize("name", ["DDIM", "PNDM", "UniPCMultistep", "FlowMatchEulerDiscrete", "HeunDiscrete"])
+def test_steps_that_a_foreign_scheduler_cannot_take_are_refused(name, steps):
+    if steps == 5000 and name in ("FlowMatchEulerDiscrete", "HeunDiscrete", "UniPCMultistep"):
+        pytest.skip("it can take them")
+    with pytest.raises(UserError, match="steps"):
+        adapted(foreign(name)).set_timesteps(steps)
+
+
+def test_what_was_set_at_run_time_stays():
+    shifted = diffusers.schedulers.FlowMatchEulerDiscreteScheduler()
+    shifted.set_shift(5.0)
+    solver = adapted(shifted)
+    solver.set_timesteps(4)
+    shifted.set_timesteps(4)
+    sigma = shifted.sigmas[:4].double().clamp(max=1 - 1e-4)
+    assert torch.allclose(solver.gammas.double(), 2 * (sigma / (1 - sigma)).log(), atol=1e-2)
+
+
+def test_a_noise_schedule_that_was_changed_over_there_comes_back_changed():
+    ours = DDIMScheduler(noise_schedule=NOISE)
+    changed = diffusers.schedulers.DDIMScheduler.from_config(
+        ours.config, trained_betas=None, beta_schedule="scaled_linear"
+    )
+    for back in (DDIMScheduler.from_config(changed.config), from_diffusers(changed)):
+        kept = changed.alphas_cumprod[499].double()
+        assert back.gamma_of(500).item() == pytest.approx(((1 - kept) / kept).log().item(), abs=1e-3)
+
+
+def test_configs_without_betas_need_a_noise_schedule():
+    for cls in ("FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler"):
+        config = getattr(diffusers.schedulers, cls)().config
+        with pytest.raises(UserError, match="no betas"):
+            DDIMScheduler.from_config(config)
+        assert DDIMScheduler.from_config(config, noise_schedule="cosine").noise_schedule.name == "cosine"
+
+
+def test_options_without_an_image_are_refused():
+    with pytest.raises(UserError, match="counterpart of nodes"):
+        to_diffusers(DDIMScheduler(noise_schedule=NOISE, nodes="karras"))
+    with pytest.raises(UserError, match="counterpart of levels"):
+        to_diffusers(DDIMScheduler(noise_schedule=NOISE, levels={"2": [5.0, 1.0]}))
+    with pytest.raises(UserError, match=r"eta 0\.5"):
+        to_diffusers(DDIMScheduler(noise_schedule=NOISE, eta=0.5))
+    assert type(to_diffusers(DDIMScheduler(noise_schedule=NOISE, eta=1.0))).__name__ == "DDPMScheduler"
+    with pytest.raises(UserError, match="use_karras_sigmas"):
+        from_diffusers(diffusers.schedulers.EulerDiscreteScheduler(use_karras_sigmas=True))
+    with pytest.raises(UserError, match="solver_type"):
+        from_diffusers(diffusers.schedulers.UniPCMultistepScheduler(solver_type="bh1"))
+
+    class Own(DDIMScheduler):
+        pass
+
+    with pytest.raises(UserError, match="Own is no scheduler of embdiff"):
+        to_diffusers(Own(noise_schedule=NOISE))
 
 
 def test_clipping_is_off():
