@@ -11,7 +11,7 @@ import torch
 
 from embdiff.cli.common import quiet
 from embdiff.cli.train import Display
-from embdiff.config import TrainConfig
+from embdiff.config import TrainConfig, read_config
 from embdiff.pipeline import TextDiffusionPipeline, load
 from embdiff.training import train
 
@@ -20,8 +20,11 @@ def trained(output: Path, config: TrainConfig) -> TextDiffusionPipeline:
     """The model of a run: finished before, continued where it was stopped, or trained from the start."""
     quiet()
     if not (output / "model_index.json").exists():
+        resume = (output / "run.yaml").exists()
+        if resume:  # with the options that it was started with: others would change its course
+            config = TrainConfig(**read_config(output / "run.yaml"))
         with Display() as display:
-            train(config, output, resume=(output / "run.yaml").exists(), reporter=display)
+            train(config, output, resume=resume, reporter=display)
     pipe = load(str(output))
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from embdiff.schedulers import ChurnScheduler as ChurnScheduler
     from embdiff.schedulers import DDIMScheduler as DDIMScheduler
     from embdiff.schedulers import DDPMScheduler as DDPMScheduler
-    from embdiff.schedulers import DPMSolver3SDEScheduler as DPMSolver3SDEScheduler
     from embdiff.schedulers import DPMSolver3Scheduler as DPMSolver3Scheduler
-    from embdiff.schedulers import DPMSolverSDEScheduler as DPMSolverSDEScheduler
+    from embdiff.schedulers import DPMSolver3SDEScheduler as DPMSolver3SDEScheduler
     from embdiff.schedulers import DPMSolverScheduler as DPMSolverScheduler
+    from embdiff.schedulers import DPMSolverSDEScheduler as DPMSolverSDEScheduler
     from embdiff.schedulers import EmbeddingScheduler as EmbeddingScheduler
     from embdiff.schedulers import EulerAncestralScheduler as EulerAncestralScheduler
     from embdiff.schedulers import EulerScheduler as EulerScheduler

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -95,7 +96,7 @@ class Batch:
 @dataclass(frozen=True)
 class Encoded:
     """Token ids of a set of examples. text: [N, L]; text_length: [N], with the end of text;
-    prompt: [N, P]; prompt_length: [N]."""
+    prompt: [N, P]; prompt_length: [N]. truncated, dropped: how many texts were; cut: how many prompts were."""
 
     text: Ints
     text_length: Ints
@@ -103,6 +104,7 @@ class Encoded:
     prompt_length: Ints
     truncated: int = 0
     dropped: int = 0
+    cut: int = 0
 
     def __len__(self) -> int:
         return len(self.text)
@@ -111,6 +113,17 @@ class Encoded:
     def tokens(self) -> int:
         """Text tokens, the end of text included, padding not."""
         return int(self.text_length.sum())
+
+    def fingerprint(self) -> str:
+        """A hash of all tokens and lengths, to tell whether two sets are the same."""
+        digest = blake2b(digest_size=16)
+        for array in (self.text, self.text_length, self.prompt, self.prompt_length):
+            digest.update(repr(array.shape).encode() + array.tobytes())
+        return digest.hexdigest()
+
+    def first(self, count: int) -> Encoded:
+        """The first examples alone."""
+        return Encoded(self.text[:count], self.text_length[:count], self.prompt[:count], self.prompt_length[:count])
 
     def batch(self, index: Sequence[int] | NDArray[Any], length: int | None = None, draws: int = 1) -> Batch:
         """The first `length` (default L) text positions of the examples at `index`, `draws` rows of each."""
@@ -128,10 +141,12 @@ def encode(
     max_length: int,
     max_prompt_length: int = 0,
     on_long: str = "truncate",
+    what: str = "text",
 ) -> Encoded:
     """Tokenises examples. A text longer than max_length - 1 tokens is truncated or, with on_long = "drop", left out.
 
-    A truncated text has no end-of-text token. Prompts keep their last `max_prompt_length` tokens.
+    A truncated text has no end-of-text token. Prompts keep their last `max_prompt_length` tokens. `what` the texts are
+    called where all of them are too long.
     """
     if on_long not in ("truncate", "drop"):
         raise UserError(f"on_long {on_long!r} is unknown: choose truncate or drop")
@@ -150,9 +165,10 @@ def encode(
         ids = prompts[i][-max_prompt_length:] if max_prompt_length else []
         prompt[row, : len(ids)], prompt_length[row] = ids, len(ids)
     if not kept:
-        raise UserError(f"every text is longer than {max_length} tokens: raise --max-length or truncate")
+        raise UserError(f"every {what} is longer than {max_length} tokens: raise --max-length or truncate")
     truncated = sum(long) if on_long == "truncate" else 0
-    return Encoded(text, text_length, prompt, prompt_length, truncated, len(examples) - len(kept))
+    cut = sum(len(prompts[i]) > max_prompt_length for i in kept)
+    return Encoded(text, text_length, prompt, prompt_length, truncated, len(examples) - len(kept), cut)
 
 
 def _tokenize(tokenizer: Any, texts: list[str]) -> list[list[int]]:

@@ -17,27 +17,32 @@ import torch
 from torch import Tensor, nn
 
 from embdiff.errors import UserError
+from embdiff.optim import Muon
 
 Tensors = dict[str, Tensor]
 
 
 def save_folder(target: Path, write: Callable[[Path], None]) -> None:
     """Lets `write` fill a new folder, then puts it at `target` in one rename; raises UserError if it can't."""
-    from safetensors import SafetensorError
-
     fresh = target.with_name(f".{target.name}.tmp")
     try:
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
         write(fresh)
+        readable = fresh.stat().st_mode & 0o666  # what the umask allows; some libraries write for the owner alone
         for path in [*fresh.rglob("*"), fresh]:
+            if path.is_file():
+                path.chmod(readable)
             flush(path)
         if target.exists():
             shutil.rmtree(target)
         fresh.rename(target)
         flush(target.parent)
-    except (OSError, SafetensorError) as error:
+    except BaseException as error:
         shutil.rmtree(fresh, ignore_errors=True)
+        if not isinstance(error, Exception):
+            raise
+        # OSError, or whatever the library that writes makes of a full disk; tokenizers raises a bare Exception.
         reason = getattr(error, "strerror", None) or error
         raise UserError(
             f"cannot save {target}: {reason}; what was saved before is intact, make room and resume"
@@ -60,17 +65,27 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     path.write_bytes(save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
 
 
-def read_tensors(path: Path) -> Tensors:
-    """Reads a safetensors file; a missing or damaged one raises UserError."""
+def read_tensors(path: Path, expected: Mapping[str, Tensor] | None = None) -> Tensors:
+    """Reads a safetensors file. One that is missing or damaged, or whose tensors have not the names, shapes and types
+    of the expected ones, raises UserError."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        return dict(load_file(path))
+        tensors: Tensors = dict(load_file(path))
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{path} is missing or damaged ({error}): delete its folder to resume from an earlier one"
         ) from error
+    if expected is not None:
+        kinds, wanted = ({name: (t.shape, t.dtype) for name, t in x.items()} for x in (tensors, expected))
+        odd = sorted(name for name in kinds.keys() | wanted.keys() if kinds.get(name) != wanted.get(name))
+        if odd:
+            raise UserError(
+                f"{path} is damaged or of another run ({len(odd)} tensors are missing, unknown or of another shape, "
+                f"{odd[0]!r} for one): delete its folder to resume from an earlier one"
+            )
+    return tensors
 
 
 def write_state(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
@@ -83,7 +98,10 @@ def write_state(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state
 def read_state(folder: Path) -> dict[str, Any]:
     """The state.json of a checkpoint."""
     try:
-        return dict(json.loads((folder / "state.json").read_text()))
+        state = json.loads((folder / "state.json").read_text())
+        if not isinstance(state, dict):
+            raise ValueError(f"its state.json holds {type(state).__name__}")
+        return state
     except (OSError, ValueError) as error:
         raise UserError(
             f"{folder} is no embdiff checkpoint ({error}): delete it to resume from an earlier one"
@@ -96,8 +114,8 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def prune(run: Path, keep: int) -> None:
-    """Deletes all but the newest `keep` checkpoints."""
-    for folder in checkpoints(run)[:-keep]:
+    """Deletes all but the newest `keep` checkpoints, and what was left unfinished when a run was killed."""
+    for folder in [*checkpoints(run)[:-keep], *(run / "checkpoints").glob(".step-*.tmp")]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -108,6 +126,13 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parame
         for p, name in names.items()
         for key, value in optimizer.state.get(p, {}).items()
     }
+
+
+def expected_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str], idle: list[str]) -> Tensors:
+    """Tensors like those that `optimizer_tensors` gives; none for the idle parameters, which no step has used yet."""
+    keys = ("momentum",) if isinstance(optimizer, Muon) else ("step", "exp_avg", "exp_avg_sq")
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if names[p] not in idle]
+    return {f"{names[p]}/{key}": torch.zeros(()) if key == "step" else p for p in parameters for key in keys}
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str], tensors: Tensors) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+import os
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +74,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for f in fields(self):
             object.__setattr__(self, f.name, _typed(f.name, str(f.type), getattr(self, f.name)))
+            if isinstance(getattr(self, f.name), int) and getattr(self, f.name) > LARGEST:
+                raise UserError(f"{f.name} is too large: give at most {LARGEST}")
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name} {getattr(self, name)!r} is unknown: choose one of {', '.join(allowed)}")
         for name, lowest in LOWEST.items():
-            if getattr(self, name) < lowest:
-                raise UserError(f"{name} {getattr(self, name)} is too small: give at least {lowest}")
+            if not lowest <= getattr(self, name) < math.inf:
+                raise UserError(f"{name} {getattr(self, name)} is out of range: give a number from {lowest} on")
         for name in ("self_condition", "drop_prompt", "infill", "window", "decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} {getattr(self, name)} is out of range: give a share between 0 and 1")
@@ -93,6 +96,30 @@ class TrainConfig:
     def steps(self) -> int | None:
         """max_steps; 10,000 where neither steps nor time are limited."""
         return 10_000 if self.max_steps is None and self.max_time is None else self.max_steps
+
+    def located(self) -> TrainConfig:
+        """The same run with local paths in full, so that it can be resumed from any folder."""
+        return replace(
+            self,
+            data=in_full(self.data, "docstrings"),
+            validation=None if self.validation is None else in_full(self.validation, "docstrings"),
+            tokenizer=in_full(self.tokenizer, "bpe", "word"),
+        )
+
+    def idle(self) -> list[str]:
+        """A line for each option that was set but does nothing beside the others."""
+        rules = (
+            ("min_count", self.tokenizer != "word", f"tokenizer {self.tokenizer}"),
+            ("vocab_size", self.tokenizer != "bpe", f"tokenizer {self.tokenizer}"),
+            ("matrix_lr", self.optimizer != "muon", f"optimizer {self.optimizer}"),
+            ("valid_share", self.validation is not None, f"validation {self.validation}"),
+        )
+        default = {f.name: f.default for f in fields(self)}
+        return [
+            f"{name} {getattr(self, name)} has no effect with {other}"
+            for name, ignored, other in rules
+            if ignored and getattr(self, name) != default[name]
+        ]
 
     def save(self, folder: Path) -> None:
         """Writes DIR/run.yaml, whole or not at all."""
@@ -113,8 +140,10 @@ LOWEST = {
     "max_length": 2, "max_prompt_length": 1, "batch_size": 1, "accumulate": 1, "draws": 1, "save_every": 1, "keep": 1,
     "validate_every": 1, "log_every": 1, "seed": 0, "warmup": 0, "filter_ramp": 0, "previews": 0, "weight_decay": 0,
 }  # fmt: skip
+LARGEST = 2**63 - 1  # torch's seeds and sizes are 64-bit
 # What decides the weights of a run beside data and model: a resumed run must have the same.
 DECISIVE = (
+    "tokenizer", "vocab_size", "min_count", "on_long",
     "optimizer", "objective", "schedule", "seed", "batch_size", "accumulate", "draws", "window", "self_condition",
     "drop_prompt", "infill", "filter_ramp",
 )  # fmt: skip
@@ -127,18 +156,24 @@ def _typed(name: str, annotation: str, value: Any) -> Any:
     kind = {"int": int, "float": float, "str": str, "bool": bool}[annotation.removesuffix(" | None")]
     try:
         converted = value if kind is bool or isinstance(value, bool) else kind(value)
-        if type(converted) is not kind or (kind is int and float(value) != converted):
+        if type(converted) is not kind or (kind is int and isinstance(value, float) and value != converted):
             raise ValueError
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # an infinite int, an int that no float reaches
         raise UserError(f"{name} {value!r} is not of the right kind: it takes {kind.__name__}") from None
     return converted
+
+
+def in_full(source: str, *words: str) -> str:
+    """The whole path of what is local; the words that mean something else, and names on the hub, as they are."""
+    path = os.path.expanduser(source)
+    return str(Path(path).absolute()) if source not in words and os.path.exists(path) else source
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """The options in a YAML file, checked against the names of TrainConfig; dashes and underscores are alike."""
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no UTF-8, no date, too many digits
         raise UserError(f"cannot read config {path}: {' '.join(str(error).split())}") from error
     if loaded is None:
         return {}

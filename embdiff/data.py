@@ -15,9 +15,9 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from embdiff.errors import UserError
@@ -37,7 +37,6 @@ class Example:
 class Corpus:
     """Examples to train on and to validate with; `notes` are one-line remarks for the user."""
 
-    name: str
     train: list[Example]
     valid: list[Example]
     notes: list[str]
@@ -64,25 +63,16 @@ def load_corpus(
     if not 0 < valid_share < 1:
         raise UserError(f"validation share {valid_share} is not between 0 and 1; try 0.05")
 
-    def read(source: str, limit: int | None) -> list[Example]:
-        return read_examples(
-            source,
-            text_column=text_column,
-            prompt_column=prompt_column,
-            separator=separator,
-            limit=limit,
-            progress=progress,
-        )
-
-    examples = read(data, limit)
+    options = _Options(text_column, prompt_column, separator)
+    examples = _read(data, options, limit, progress)
     if validation is None:
         train, valid, notes = split(examples, valid_share)
     else:
-        valid = read(validation, None)
+        valid = _read(validation, options, None, progress)
         train, notes = _without(examples, valid)
         if not train:
             raise UserError(f"every example of {data!r} is also in {validation!r}; validate with others")
-    return Corpus(name=_name(data), train=train, valid=valid, notes=notes)
+    return Corpus(train=train, valid=valid, notes=options.notes + notes)
 
 
 def read_examples(
@@ -99,24 +89,17 @@ def read_examples(
     `data` is one of
       - a .txt file, one example a line; with `separator` a line is "prompt<separator>text";
       - a .jsonl, .csv, .tsv (both with a header) or .parquet file;
-      - a folder, for all such files in and below it in the order of their paths, hidden ones left out;
+      - a folder, for all such files in and below it in the order of their paths, hidden ones left out and
+        folders of training runs (with a run.yaml) too;
       - the word "docstrings", for the built-in corpus ("./docstrings" is a file or folder of that name);
-      - the id of a data set on the hub, of which the train split is read.
+      - a data set on the hub, "owner/name:config[split]": ":config" and "[split]" may be left out, and then
+        it is the default configuration and the split "train". Slices such as "[train[:1000]]" do too.
 
     Tables have their text in `text_column`: by default the column "text" or else the first with strings,
-    and then the column "prompt", if there is one, has the prompts. Raises UserError for bad input.
+    and then the column "prompt", if there is one, has the prompts. What the columns are is looked up in the
+    first 100 rows. A row may lack its prompt, but not its text. Raises UserError for bad input.
     """
-    if not data.strip():
-        raise UserError(f"the data {data!r} is a blank name; give a file, a folder, a hub id or 'docstrings'")
-    if limit is not None and limit < 1:
-        raise UserError(f"limit {limit} leaves no example; give at least 1, or none for all")
-    if separator == "":
-        raise UserError("the separator is empty; give what stands between prompt and text, such as '||'")
-    options = _Options(text_column, prompt_column, separator)
-    examples = list(islice(_examples(data, options, progress), limit))
-    if not examples:
-        raise UserError(f"{data!r} has no example that is not blank; give data with some text in it")
-    return examples
+    return _read(data, _Options(text_column, prompt_column, separator), limit, progress)
 
 
 @dataclass(frozen=True)
@@ -124,10 +107,24 @@ class _Options:
     text_column: str | None
     prompt_column: str | None
     separator: str | None
+    notes: list[str] = field(default_factory=list)  # filled while reading
+
+
+def _read(data: str, options: _Options, limit: int | None, progress: bool) -> list[Example]:
+    if not data.strip():
+        raise UserError(f"the data {data!r} is a blank name; give a file, a folder, a hub id or 'docstrings'")
+    if limit is not None and limit < 1:
+        raise UserError(f"limit {limit} leaves no example; give at least 1, or none for all")
+    if options.separator == "":
+        raise UserError("the separator is empty; give what stands between prompt and text, such as '||'")
+    examples = list(islice(_examples(data, options, progress), limit))
+    if not examples:
+        raise UserError(f"{data!r} has no example that is not blank; give data with some text in it")
+    return examples
 
 
 def _examples(data: str, options: _Options, progress: bool) -> Iterator[Example]:
-    path = Path(data).expanduser()
+    path = local_path(data)
     if data == "docstrings":
         from embdiff import docstrings
 
@@ -138,16 +135,29 @@ def _examples(data: str, options: _Options, progress: bool) -> Iterator[Example]
         return _folder_examples(path, options)
     if path.exists():
         return _file_examples(path, options)
-    if looks_like_path(data) or path.suffix.lower() in _READERS:
+    hub = _HUB_DATA.fullmatch(data)
+    if hub is None or Path(hub["name"]).suffix.lower() in _READERS:
         raise UserError(f"no such file or folder: {data!r}; check the path")
-    return _table_examples(_hub_rows(data, progress), options)
+    return _table_examples(_hub_rows(**hub.groupdict(), progress=progress), options)
+
+
+def local_path(name: str) -> Path:
+    """The path of a name, with the home folder for "~"."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise UserError(f"no home folder is known for {name!r}; write the path without '~'") from None
 
 
 def _folder_examples(folder: Path, options: _Options) -> Iterator[Example]:
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _READERS and path.is_file())
-    visible = [p for p in files if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
+    # The logs and samples in the folder of a training run are no data.
+    runs = {path.parent for path in folder.rglob("run.yaml")}
+    own = [path for path in files if runs.isdisjoint(path.parents)]
+    visible = [p for p in own if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
     if not visible:
-        raise UserError(f"{str(folder)!r} has no {_SUFFIXES} file; give a folder that has one")
+        where = f"{str(folder)!r}, hidden ones and training runs aside"
+        raise UserError(f"no {_SUFFIXES} file in {where}; give a folder that has one")
     for file in visible:
         yield from _file_examples(file, options)
 
@@ -165,7 +175,7 @@ def _file_examples(path: Path, options: _Options) -> Iterator[Example]:
 def _txt_examples(path: Path, options: _Options) -> Iterator[Example]:
     if options.text_column or options.prompt_column:
         raise UserError(f"{str(path)!r} has no columns, only lines; use a separator for prompts, or a table")
-    for where, line in _lines(path):
+    for where, line in lines(path, _read_bytes(path)):
         prompt: str | None = None
         text = line
         if options.separator is not None:
@@ -176,20 +186,24 @@ def _txt_examples(path: Path, options: _Options) -> Iterator[Example]:
             yield _example(text.strip(), prompt.strip() if prompt else None)
 
 
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """(file:line, line) of the lines that are not blank. Only newlines end a line: U+2028 is just text."""
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+def lines(name: str | Path, content: bytes) -> Iterator[tuple[str, str]]:
+    """(name:line, line) of the lines that are not blank. Only newlines end a line: U+2028 is just text."""
+    for number, line in enumerate(_decode(name, content).split("\n"), start=1):
         if line.strip():
-            yield f"{path}:{number}", line
+            yield f"{name}:{number}", line
 
 
-def _read_text(path: Path) -> str:
+def _decode(name: str | Path, content: bytes) -> str:
     try:
-        content = path.read_bytes()
         return content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{line}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+        raise UserError(f"{name}:{line}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {str(path)!r}: {error.strerror}; check its permissions") from None
 
@@ -201,12 +215,14 @@ def _example(text: str, prompt: str | None) -> Example:
 
 # --- tables ----------------------------------------------------------------------------------------------
 
+_ROWS_TO_LOOK_AT = 100  # for columns: a single row may lack some
+
 
 def _jsonl_rows(path: Path) -> Rows:
-    for where, line in _lines(path):
+    for where, line in lines(path, _read_bytes(path)):
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the latter for objects in objects in objects ...
             raise UserError(f"{where}: not JSON ({error}); write one object a line") from None
         if not isinstance(row, dict):
             raise UserError(f"{where}: not a JSON object but {type(row).__name__}; write one object a line")
@@ -215,13 +231,15 @@ def _jsonl_rows(path: Path) -> Rows:
 
 def _csv_rows(path: Path) -> Rows:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    reader = csv.reader(io.StringIO(_read_text(path), newline=""), delimiter=delimiter)
+    reader = csv.reader(io.StringIO(_decode(path, _read_bytes(path)), newline=""), delimiter=delimiter)
     header: list[str] = []
     try:
         for row in reader:
             where = f"{path}:{reader.line_num}"
             if not header:
                 header = row
+                if repeated := [name for name in header if header.count(name) > 1]:
+                    raise UserError(f"{where}: two columns are named {repeated[0]!r}; rename one of them")
             elif row and len(row) != len(header):
                 raise UserError(f"{where}: {len(row)} fields for {len(header)} columns; mind the quotes")
             elif row:
@@ -250,32 +268,45 @@ def _parquet_rows(path: Path) -> Rows:
 
 
 def _table_examples(rows: Rows, options: _Options) -> Iterator[Example]:
-    columns: tuple[str, str | None] | None = None
-    for where, row in rows:
-        columns = columns or _choose_columns(where, row, options)
-        text = _cell(where, row, columns[0])
-        prompt = _cell(where, row, columns[1]) if columns[1] is not None else None
+    first = list(islice(rows, _ROWS_TO_LOOK_AT))
+    if not first:
+        return
+    text_column, prompt_column = _choose_columns(first, options)
+    for where, row in chain(first, rows):
+        text = _cell(where, row, text_column)
+        prompt = _cell(where, row, prompt_column) if prompt_column is not None and prompt_column in row else None
         if text and text.strip():
             yield _example(text, prompt)
 
 
-def _choose_columns(where: str, row: Mapping[str, object], options: _Options) -> tuple[str, str | None]:
-    """Names of the text and the prompt column, from the options and the first row."""
+def _choose_columns(rows: Sequence[tuple[str, Mapping[str, object]]], options: _Options) -> tuple[str, str | None]:
+    """Names of the text and the prompt column, from the options and the first rows."""
+    where = rows[0][0]
     text, prompt = options.text_column, options.prompt_column
+    columns: dict[str, set[type]] = {}  # of all rows, in order, with the types of their values
+    for _, row in rows:
+        for name, value in row.items():
+            columns.setdefault(name, set()).add(type(value))
     if options.separator is not None:
         raise UserError(f"{where}: a separator is for .txt files; name the columns of a table instead")
+    for named in (text, prompt):
+        if named is not None and named not in columns:
+            raise UserError(f"{where}: no column {named!r}; choose among {_names(columns)}")
     if text is not None:
         return text, prompt
-    if prompt is None and "prompt" in row:
+    if prompt is None and "prompt" in columns:
         prompt = "prompt"
-    strings = [name for name, value in row.items() if isinstance(value, str)]
+    strings = [name for name, types in columns.items() if types in ({str}, {str, type(None)})]
     candidates = [name for name in strings if name != prompt]
     if not candidates and options.prompt_column is None:  # "prompt" is all there is, so it is the text
         candidates, prompt = strings, None
-    if "text" in row and prompt != "text":
-        return "text", prompt
+    if "text" in columns and prompt != "text":
+        candidates = ["text"]
     if not candidates:
-        raise UserError(f"{where}: no column has text; the columns are {_names(row)}: choose the text column")
+        raise UserError(f"{where}: no column has text; the columns are {_names(columns)}: choose the text column")
+    note = f"texts are column {candidates[0]!r}, " + (f"prompts column {prompt!r}" if prompt else "without prompts")
+    if note not in options.notes:  # once for all files of a folder
+        options.notes.append(note)
     return candidates[0], prompt
 
 
@@ -286,13 +317,18 @@ def _cell(where: str, row: Mapping[str, object], column: str) -> str | None:
     if value is not None and not isinstance(value, str):
         kind = type(value).__name__
         raise UserError(f"{where}: column {column!r} has {kind}, not text; choose among {_names(row)}")
-    if value is not None and not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+    if value is not None and has_lone_surrogate(value):
         raise UserError(f"{where}: column {column!r} has half a character (a lone surrogate); repair the text")
     return value
 
 
-def _names(row: Mapping[str, object]) -> str:
-    return ", ".join(map(repr, row)) or "none at all"
+def has_lone_surrogate(text: str) -> bool:
+    """Whether there is half a character in a text, which no tokenizer takes: from JSON, or bytes that are not UTF-8."""
+    return not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text)
+
+
+def _names(columns: Iterable[str]) -> str:
+    return ", ".join(map(repr, columns)) or "none at all"
 
 
 def _table(rows: Callable[[Path], Rows]) -> Callable[[Path, _Options], Iterator[Example]]:
@@ -311,10 +347,13 @@ _SUFFIXES = ", ".join(_READERS)
 
 # --- the hub ---------------------------------------------------------------------------------------------
 
+_HUB_ID = r"\w[\w.-]*(?:/\w[\w.-]*)?"
+_HUB_DATA = re.compile(rf"(?P<name>{_HUB_ID})(?::(?P<config>[^:/\[\]]+))?(?:\[(?P<split>.+)\])?", re.ASCII)
+
 
 def looks_like_path(name: str) -> bool:
     """Whether a name cannot be a hub id ("name" or "owner/name") and so must mean a path."""
-    return not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII)
+    return not re.fullmatch(_HUB_ID, name, re.ASCII)
 
 
 @contextmanager
@@ -336,7 +375,7 @@ def hub_access() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
-def _hub_rows(name: str, progress: bool) -> Rows:
+def _hub_rows(name: str, config: str | None, split: str | None, progress: bool) -> Rows:
     try:
         import datasets
     except ImportError:
@@ -345,12 +384,12 @@ def _hub_rows(name: str, progress: bool) -> Rows:
         datasets.disable_progress_bars()
     try:
         with hub_access():
-            splits = datasets.load_dataset(name)
-            rows = splits["train"] if "train" in splits else next(iter(splits.values()))
+            rows = datasets.load_dataset(name, config, split=split or "train")
     except Exception as error:  # no network, no such data set, a broken one: the library has many errors
+        cause = " ".join(str(error).split())[:300].rstrip(" .") or type(error).__name__  # it lists what there is
         raise UserError(
-            f"{name!r} is neither a local file nor a data set that the hub gives ({_first_line(error)}); "
-            "check the name and the network"
+            f"{name!r} is neither a local file nor a data set that the hub gives ({cause}); "
+            "check the name, written owner/name:config[split], and the network"
         ) from None
     for number, row in enumerate(rows, start=1):
         yield f"{name}, row {number}", row
@@ -421,11 +460,3 @@ def _without(examples: Sequence[Example], valid: Iterable[Example]) -> tuple[lis
     dropped = len(examples) - len(train)
     note = f"{dropped:,} training examples dropped, as they are also in the validation data"
     return train, [note] if dropped else []
-
-
-def _name(data: str) -> str:
-    """A short name for a source: that of the file or folder without its place, or the word or hub id."""
-    path = Path(data).expanduser()
-    if data == "docstrings" or not path.exists():
-        return data
-    return path.resolve().name if path.is_dir() else path.stem

@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 
-from embdiff.data import Example
+from embdiff.data import Example, local_path
 from embdiff.errors import UserError
 
 Pair = tuple[str, str]  # (prompt, text)
@@ -73,9 +73,9 @@ def cache_dir() -> Path:
     """Where embdiff keeps what it can build again: $EMBDIFF_CACHE, else $XDG_CACHE_HOME/embdiff, else
     ~/.cache/embdiff. The folder need not exist yet."""
     if own := os.environ.get("EMBDIFF_CACHE"):
-        return Path(own).expanduser()
+        return local_path(own)
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "embdiff"
+    return local_path(base) / "embdiff"
 
 
 # --- from files to pairs ---------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ def _collect(files: Sequence[Path], progress: bool) -> list[Pair]:
 @contextmanager
 def _file_results(files: Sequence[Path]) -> Iterator[Iterable[list[Pair]]]:
     """`file_pairs` of every file, in order, from one process per core where that pays."""
-    cores = os.cpu_count() or 1
+    cores = _cores()
     in_worker = multiprocessing.parent_process() is not None
     pool = None
     if cores > 1 and len(files) > 100 and not in_worker:
@@ -116,6 +116,11 @@ def _file_results(files: Sequence[Path]) -> Iterator[Iterable[list[Pair]]]:
         return
     with pool:
         yield pool.imap(file_pairs, files, chunksize=16)
+
+
+def _cores() -> int:
+    """The cores that we may use: in a container fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _start_pool(cores: int) -> multiprocessing.pool.Pool:

@@ -13,14 +13,16 @@ ends with the same weights as one that was never stopped.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
+import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -31,7 +33,7 @@ from embdiff import checkpoint, losses, ops, vocabulary
 from embdiff.batches import Encoded, Mixture, Window, batch_index, encode, spread
 from embdiff.compilation import can_compile, compiled, once
 from embdiff.config import DECISIVE, TrainConfig
-from embdiff.data import Corpus, load_corpus
+from embdiff.data import Corpus, Example, load_corpus
 from embdiff.denoiser import SIZES, Denoiser
 from embdiff.errors import UserError
 from embdiff.noise import FITS, GumbelSchedule
@@ -39,6 +41,15 @@ from embdiff.optim import Muon
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+TRACKER = "embdiff"  # the name that trackers know a run by, and the folder of those that write files
+# What a run writes into its folder, and so what a new one deletes; run.yaml last, for it tells that the rest is a run.
+WRITTEN = (
+    "log.jsonl", ".log.jsonl.tmp", "tokenizer", ".tokenizer.tmp", "checkpoints", "model_index.json", "denoiser",
+    "scheduler", "pipeline.new", ".pipeline.new.tmp", TRACKER, ".run.yaml.tmp", "run.yaml",
+)  # fmt: skip
+
+Result = TypeVar("Result")
 
 # ------------------------------------------------------------------------------------------------ reporting
 
@@ -111,10 +122,12 @@ def train(
     check_tracker(config.tracker)
     accelerator = Accelerator(mixed_precision="no", log_with=config.tracker, project_dir=str(output))
     reporter = reporter if reporter is not None and accelerator.is_main_process else Silent()
-    if accelerator.is_main_process:
-        check_output(output, resume, overwrite)
-    with accelerator.main_process_first():  # the others then find it in the cache
-        corpus = corpus or load_corpus(
+    config = config.located()
+    inputs = [source for source in (config.data, config.validation) if source is not None]
+    by_main(accelerator, lambda: check_output(output, resume, overwrite, inputs))
+    corpus = corpus or main_first(  # the others then find it in the cache
+        accelerator,
+        lambda: load_corpus(
             config.data,
             text_column=config.text_column,
             prompt_column=config.prompt_column,
@@ -122,11 +135,42 @@ def train(
             validation=config.validation,
             valid_share=config.valid_share,
             limit=config.limit,
-        )
-    for text in corpus.notes:
+            progress=accelerator.is_main_process,
+        ),
+    )
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision != "no":
+        reporter.note(f"accelerate's mixed_precision {precision} has no effect with embdiff: use --dtype")
+    for text in [*config.idle(), *corpus.notes]:
         reporter.note(text)
     Trainer(config, output, corpus, accelerator, reporter, resume).run(should_stop)
     return output
+
+
+def by_main(accelerator: Accelerator, work: Callable[[], object]) -> None:
+    """Lets the main process work while the others wait. If it fails, all fail in its words, and none waits forever."""
+    from accelerate.utils import broadcast_object_list
+
+    failure: Exception | None = None
+    try:
+        if accelerator.is_main_process:
+            work()
+    except Exception as error:
+        failure = error
+    words = [None if failure is None else str(failure)]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(words)
+    if failure is not None:
+        raise failure
+    if words[0] is not None:
+        raise UserError(words[0])
+
+
+def main_first(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
+    """What the work gives, done by the main process first, then by the others."""
+    results: list[Result] = []
+    by_main(accelerator, lambda: results.append(work()))
+    return results[0] if results else work()
 
 
 def check_tracker(name: str | None) -> None:
@@ -141,8 +185,9 @@ def check_tracker(name: str | None) -> None:
         raise UserError(f"tracker {name!r} is not installed: pip install {name}, or leave --tracker out")
 
 
-def check_output(output: Path, resume: bool, overwrite: bool) -> None:
-    """Refuses a folder that holds something else, before anything is loaded or deleted."""
+def check_output(output: Path, resume: bool, overwrite: bool, inputs: Sequence[str] = ()) -> None:
+    """Refuses a folder that holds something else, or the data where a new run would delete them, before anything is
+    loaded or deleted."""
     if output.exists() and not output.is_dir():
         raise UserError(f"output {output} is a file: name a folder")
     if resume:
@@ -153,14 +198,20 @@ def check_output(output: Path, resume: bool, overwrite: bool) -> None:
             raise UserError(f"output folder {output} holds files that are no embdiff run: use another folder")
         if not overwrite:
             raise UserError(f"output folder {output} already holds a run: use --resume, --overwrite or another folder")
+        for source, name in itertools.product(inputs, WRITTEN):
+            if Path(source).resolve().is_relative_to((output / name).resolve()):
+                raise UserError(
+                    f"data {source} is in {output / name}, which --overwrite deletes: move it elsewhere first"
+                )
 
 
 def clear_output(output: Path) -> None:
-    """An empty folder where an earlier run, or nothing, was. The folder itself may be a link or a mount: it stays."""
+    """A folder without what an earlier run wrote there. It may be a link or a mount, so it stays, and so do files of
+    other origin."""
     try:
         output.mkdir(parents=True, exist_ok=True)
-        for path in output.iterdir():
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        for path in (output / name for name in WRITTEN):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot make output folder {output}: {error.strerror or error}") from error
 
@@ -180,12 +231,17 @@ class Trainer:
         self.config, self.output, self.corpus = config, output, corpus
         self.accelerator, self.reporter = accelerator, reporter
         self.device = self.accelerator.device
-        self.tokenizer = self._tokenizer(resume)
+        saved = checkpoint.checkpoints(output) if resume else []
+        self.start = saved[-1] if saved else None
+        if resume and not saved:
+            reporter.note("no checkpoint was written yet: starting from the beginning")
+        self.tokenizer = self._tokenizer()
         self.train_set, self.valid_set = self._encode()
+        self.data_hash = self.train_set.fingerprint()
         self.mixture = Mixture(config.drop_prompt, config.infill)
         self.window = Window.fitting(self.train_set, config.window)
         self.denoiser = self._new_denoiser().to(self.device)
-        self.dtype = self._dtype(resume)
+        self.dtype = self._dtype()
         self.names = {p: name for name, p in self.denoiser.named_parameters()}
         self.optimizers = self._new_optimizers()
         self.ema = {name: p.detach().clone() for name, p in self.denoiser.named_parameters()}
@@ -193,38 +249,32 @@ class Trainer:
         self.progress = Progress()
         self.pending: list[tuple[Tensor, Tensor]] = []
         self.recent: list[Tensor] = []
-        if resume:
-            self._load()
+        if self.start is not None:
+            self._load(self.start)
         self._set_ramp()
-        if self.accelerator.is_main_process:
-            if not resume:
-                clear_output(output)
-            config.save(output)
-            if not (output / "tokenizer").exists():
-                checkpoint.save_folder(output / "tokenizer", self.tokenizer.save_pretrained)
+        by_main(self.accelerator, lambda: self._prepare_output(resume))
         if config.tracker:
-            self.accelerator.init_trackers("embdiff", {k: v for k, v in asdict(config).items() if v is not None})
+            self.accelerator.init_trackers(TRACKER, {k: v for k, v in asdict(config).items() if v is not None})
         self.network = self._network()
 
     # ---------------------------------------------------------------------------------------- construction
 
-    def _dtype(self, resume: bool) -> torch.dtype:
+    def _dtype(self) -> torch.dtype:
         """Measured once in a run, by one process, for a second measurement might end the other way."""
         from accelerate.utils import broadcast_object_list
 
         choice = [self.config.dtype]
-        saved = checkpoint.checkpoints(self.output) if resume else []
-        if choice == ["auto"] and saved:
-            choice = [checkpoint.read_state(saved[-1]).get("dtype", "auto")]
+        if choice == ["auto"] and self.start is not None:
+            choice = [checkpoint.read_state(self.start).get("dtype", "auto")]
         if choice == ["auto"]:
             choice = ["bf16" if ops.fast_dtype(self.device.type) is torch.bfloat16 else "fp32"]
         if self.accelerator.num_processes > 1:
             broadcast_object_list(choice)
         return torch.bfloat16 if choice == ["bf16"] else torch.float32
 
-    def _tokenizer(self, resume: bool) -> Any:
+    def _tokenizer(self) -> Any:
         saved = self.output / "tokenizer"
-        if resume and saved.exists():
+        if self.start is not None and saved.exists():
             return vocabulary.load(str(saved))
         texts = (part for e in self.corpus.train for part in (e.prompt, e.text) if part)
         return vocabulary.build(
@@ -232,23 +282,35 @@ class Trainer:
         )
 
     def _encode(self) -> tuple[Encoded, Encoded]:
-        config, prompted = self.config, any(e.prompt for e in self.corpus.train)
-        limit = config.max_prompt_length if prompted else 0
-        sets = []
-        for examples in (self.corpus.train, self.corpus.valid or self.corpus.train[:1]):
-            sets.append(encode(examples, self.tokenizer, config.max_length, limit, config.on_long))
+        config, corpus = self.config, self.corpus
+        limit = config.max_prompt_length if any(e.prompt for e in corpus.train) else 0
+
+        def encoded(examples: list[Example], what: str) -> Encoded:
+            found = encode(examples, self.tokenizer, config.max_length, limit, config.on_long, what)
+            for count, fate in ((found.truncated, "truncated"), (found.dropped, "dropped")):
+                if count:
+                    long = f"longer than {config.max_length} tokens"
+                    self.reporter.note(f"{count:,} {fate} of {len(examples):,} {what}s: {long}")
+            if found.cut:
+                self.reporter.note(f"{found.cut:,} prompts of {len(found):,} {what}s cut to their last {limit} tokens")
+            return found
+
+        train_set = encoded(corpus.train, "text")
+        valid_set = encoded(corpus.valid, "validation text") if corpus.valid else train_set.first(1)
         if limit:
             # No wider than the longest prompt: every position costs.
-            width = int(max(1, *(s.prompt_length.max() for s in sets)))
-            sets = [
-                Encoded(s.text, s.text_length, s.prompt[:, :width], s.prompt_length, s.truncated, s.dropped)
-                for s in sets
-            ]
-        first = sets[0]
-        if first.truncated or first.dropped:
-            what = f"{first.truncated:,} truncated" if first.truncated else f"{first.dropped:,} dropped"
-            self.reporter.note(f"{what} of {len(self.corpus.train):,} texts: longer than {config.max_length} tokens")
-        return sets[0], sets[1]
+            width = int(max(1, train_set.prompt_length.max(), valid_set.prompt_length.max()))
+            train_set, valid_set = (replace(s, prompt=s.prompt[:, :width]) for s in (train_set, valid_set))
+        return train_set, valid_set
+
+    def _prepare_output(self, resume: bool) -> None:
+        if resume:
+            self._trim_log()
+        else:
+            clear_output(self.output)
+        self.config.save(self.output)
+        if self.start is None or not (self.output / "tokenizer").exists():
+            checkpoint.save_folder(self.output / "tokenizer", self.tokenizer.save_pretrained)
 
     def _new_denoiser(self) -> Denoiser:
         torch.manual_seed(weight_seed(self.config.seed))
@@ -316,15 +378,15 @@ class Trainer:
                 self._log((self.progress.tokens - tokens) / max(now - mark, 1e-9))
                 mark, tokens = now, self.progress.tokens
             if step % config.validate_every == 0 and not self._finished():
-                self._validate()
+                by_main(self.accelerator, self._validate)
                 mark = time.monotonic()
             if step % config.save_every == 0 or stop or self._finished():
                 self._save()
                 mark = time.monotonic()
             if stop and not self._finished():
                 raise Stopped(str(self.output))
-        self._validate()
-        self._write_pipeline()
+        by_main(self.accelerator, self._validate)
+        by_main(self.accelerator, self._write_pipeline)
         if config.tracker:
             self.accelerator.end_training()
 
@@ -499,8 +561,6 @@ class Trainer:
             p.copy_(weights[name])
 
     def _validate(self) -> None:
-        if not self.accelerator.is_main_process:
-            return
         with self.averaged() as denoiser:
             index = spread(len(self.valid_set), 128)
             batch = self.valid_set.batch(index).to(self.device)
@@ -537,8 +597,6 @@ class Trainer:
         return TextDiffusionPipeline(denoiser, self.tokenizer, scheduler)
 
     def _write_pipeline(self) -> None:
-        if not self.accelerator.is_main_process:
-            return
         with self.averaged() as denoiser:
             pipe = self._pipeline(denoiser)
             checkpoint.save_folder(self.output / "pipeline.new", pipe.save_pretrained)
@@ -554,16 +612,25 @@ class Trainer:
         return {
             "vocabulary": vocabulary.fingerprint(self.tokenizer),
             "examples": len(self.train_set),
+            "data": self.data_hash,
+            "processes": self.accelerator.num_processes,
             "model": {k: v for k, v in dict(self.denoiser.config).items() if not k.startswith("_")},
             "options": {name: getattr(self.config, name) for name in DECISIVE},
         }
 
     def _trim_log(self) -> None:
-        """Drops what was logged after the checkpoint: those steps come again."""
-        log = self.output / "log.jsonl"
-        if self.accelerator.is_main_process and log.exists():
-            lines = [x for x in log.read_text().splitlines(keepends=True) if x.endswith("}\n")]
-            log.write_text("".join(x for x in lines if json.loads(x)["step"] <= self.progress.step))
+        """Drops what was logged after the checkpoint, for those steps come again, and what is no whole line."""
+        log, fresh = self.output / "log.jsonl", self.output / ".log.jsonl.tmp"
+        if not log.exists():
+            return
+        kept = []
+        for line in log.read_text(errors="replace").splitlines():
+            step, metrics = logged(line)
+            again = "bound" in metrics and self._finished()  # a finished run only validates
+            if step < self.progress.step or (step == self.progress.step and not again):
+                kept.append(line + "\n")
+        fresh.write_text("".join(kept))
+        fresh.replace(log)
 
     def _save(self) -> None:
         self._log_pending()
@@ -572,22 +639,24 @@ class Trainer:
                 f"weights are not finite at step {self.progress.step}: {self._last_good()}; try a lower --lr"
             )
         self._fit_pending()
-        if self.accelerator.is_main_process:
-            state = {
-                "step": self.progress.step,
-                "seconds": self.progress.seconds,
-                "tokens": self.progress.tokens,
-                "dtype": "bf16" if self.dtype is torch.bfloat16 else "fp32",
-                "schedule": self.fit.state_dict(),
-                "fingerprint": self._fingerprint(),
-            }
-            tensors = {"denoiser": {name: p for p, name in self.names.items()}, "ema": self.ema}
-            for i, optimizer in enumerate(self.optimizers):
-                tensors[f"optimizer-{i}"] = checkpoint.optimizer_tensors(optimizer, self.names)
-            target = self.output / "checkpoints" / f"step-{self.progress.step:08d}"
-            checkpoint.save_folder(target, lambda folder: checkpoint.write_state(folder, tensors, state))
-            checkpoint.prune(self.output, self.config.keep)
-        self.accelerator.wait_for_everyone()
+        by_main(self.accelerator, self._write_checkpoint)
+
+    def _write_checkpoint(self) -> None:
+        state = {
+            "step": self.progress.step,
+            "seconds": self.progress.seconds,
+            "tokens": self.progress.tokens,
+            "dtype": "bf16" if self.dtype is torch.bfloat16 else "fp32",
+            "schedule": self.fit.state_dict(),
+            "idle": [name for p, name in self.names.items() if not any(p in o.state for o in self.optimizers)],
+            "fingerprint": self._fingerprint(),
+        }
+        tensors = {"denoiser": {name: p for p, name in self.names.items()}, "ema": self.ema}
+        for i, optimizer in enumerate(self.optimizers):
+            tensors[f"optimizer-{i}"] = checkpoint.optimizer_tensors(optimizer, self.names)
+        target = self.output / "checkpoints" / f"step-{self.progress.step:08d}"
+        checkpoint.save_folder(target, lambda folder: checkpoint.write_state(folder, tensors, state))
+        checkpoint.prune(self.output, self.config.keep)
 
     def _log_pending(self) -> None:
         """Looks for a bad loss before its weights are saved."""
@@ -599,47 +668,80 @@ class Trainer:
         for gamma, ce in self._gathered():
             self.fit.update(gamma.cpu().numpy(), ce.float().cpu().numpy())
 
-    def _load(self) -> None:
-        saved = checkpoint.checkpoints(self.output)
-        if not saved:
-            self.reporter.note("no checkpoint was written yet: starting from the beginning")
-            return
-        folder = saved[-1]
+    def _load(self, folder: Path) -> None:
         state = checkpoint.read_state(folder)
         self._check(folder, state)
-        weights, ema = (checkpoint.read_tensors(folder / f"{name}.safetensors") for name in ("denoiser", "ema"))
+        try:
+            self._load_state(state)
+            idle = list(state.get("idle", []))
+        except Exception as error:  # it can be wrong in every way
+            raise UserError(
+                f"state.json in {folder} is damaged ({type(error).__name__}: {error}): "
+                "delete the folder to resume from an earlier one"
+            ) from error
+        weights, ema = (
+            checkpoint.read_tensors(folder / f"{name}.safetensors", self.ema) for name in ("denoiser", "ema")
+        )
         self._put(weights)
         for name, average in self.ema.items():
             average.copy_(ema[name])
         for i, optimizer in enumerate(self.optimizers):
-            tensors = checkpoint.read_tensors(folder / f"optimizer-{i}.safetensors")
+            expected = checkpoint.expected_tensors(optimizer, self.names, idle)
+            tensors = checkpoint.read_tensors(folder / f"optimizer-{i}.safetensors", expected)
             checkpoint.load_optimizer(optimizer, self.names, tensors)
-        self.fit.load_state_dict(state["schedule"])
-        self.progress = Progress(state["step"], state["seconds"], state["tokens"])
-        self._trim_log()
         self.reporter.note(f"resuming at step {self.progress.step}")
+
+    def _load_state(self, state: dict[str, Any]) -> None:
+        step, seconds, tokens = state["step"], state["seconds"], state["tokens"]
+        if not (type(step) is type(tokens) is int and min(step, tokens, seconds) >= 0 and math.isfinite(seconds)):
+            raise ValueError("step, seconds or tokens is no count")
+        self.progress = Progress(step, float(seconds), tokens)
+        bins = self.fit.weight.shape
+        self.fit.load_state_dict(state["schedule"])
+        measured = np.stack([self.fit.weight, self.fit.total])
+        if measured.shape[1:] != bins or not np.isfinite([*measured.flat, self.fit.schedule.gamma(0.5)]).all():
+            raise ValueError("the schedule has other bins, or numbers that are not finite")
 
     def _check(self, folder: Path, state: dict[str, Any]) -> None:
         now, then = self._fingerprint(), state.get("fingerprint")
-        if not isinstance(then, dict):
+        if not isinstance(then, dict) or not isinstance(then.get("options"), dict):
             raise UserError(f"{folder} is no embdiff checkpoint: its state.json has no fingerprint")
         if now["vocabulary"] != then.get("vocabulary"):
             raise UserError(
                 f"the vocabulary in {self.output / 'tokenizer'} is not the one of {folder}: put the old one back"
+            )
+        for name, value in now["options"].items():
+            before = then["options"].get(name, value)
+            if value != before:
+                raise UserError(f"{name} is {value}, the run in {folder} had {before}: resume without changing it")
+        if now["model"] != then.get("model"):
+            raise UserError(
+                f"the model's shape is not the one of {folder}: resume with the options and data it was started with"
             )
         if now["examples"] != then.get("examples"):
             raise UserError(
                 f"the data has {now['examples']} examples, the run in {folder} had {then.get('examples')}: "
                 "resume with the data that it was started with"
             )
-        for name, value in now["options"].items():
-            before = then.get("options", {}).get(name, value)
-            if value != before:
-                raise UserError(f"{name} is {value}, the run in {folder} had {before}: resume without changing it")
-        if now["model"] != then.get("model"):
+        if now["data"] != then.get("data", now["data"]):
             raise UserError(
-                f"the model's shape is not the one of {folder}: resume with the options it was started with"
+                f"{self.config.data} holds other texts than the run in {folder} had: "
+                "resume with the data that it was started with"
             )
+        if now["processes"] != then.get("processes", now["processes"]):
+            raise UserError(
+                f"there are {now['processes']} processes, the run in {folder} had {then['processes']}: "
+                "resume with as many, for they share out its batches"
+            )
+
+
+def logged(line: str) -> tuple[float, dict[str, Any]]:
+    """Step and metrics of a line of log.jsonl; at no step if it is damaged, as the last one of a killed run can be."""
+    try:
+        metrics = json.loads(line)
+        return float(metrics["step"]), metrics
+    except (ValueError, TypeError, KeyError, OverflowError):
+        return math.inf, {}
 
 
 def weight_seed(seed: int) -> int:

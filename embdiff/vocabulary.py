@@ -12,10 +12,9 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from hashlib import blake2b
 from itertools import chain, takewhile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embdiff.data import hub_access, looks_like_path
+from embdiff.data import hub_access, local_path, looks_like_path
 from embdiff.errors import UserError
 
 if TYPE_CHECKING:
@@ -88,7 +87,7 @@ def load(name_or_path: str) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    path = Path(name_or_path).expanduser()
+    path = local_path(name_or_path)
     if not path.exists() and looks_like_path(name_or_path):
         raise UserError(f"no such tokenizer folder: {name_or_path!r}; check the path, or use 'bpe' or 'word'")
     try:
@@ -111,11 +110,15 @@ def load(name_or_path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def before_end(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> list[int]:
+    """The ids up to the first <eos> or <pad>: what follows is not part of the text."""
+    ends = (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return list(takewhile(lambda i: i not in ends, map(int, ids)))
+
+
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> str:
     """The text of one sequence of ids: up to the first <eos> or <pad>, without <bos>, with <unk> visible."""
-    ends = (tokenizer.eos_token_id, tokenizer.pad_token_id)
-    before_end = takewhile(lambda i: i not in ends, map(int, ids))
-    kept = [i for i in before_end if i != tokenizer.bos_token_id]
+    kept = [i for i in before_end(tokenizer, ids) if i != tokenizer.bos_token_id]
     text: str = tokenizer.decode(kept, skip_special_tokens=False)
     return text
 

@@ -48,8 +48,25 @@ def test_long_texts_are_truncated_or_dropped_and_counted(tokenizer):
     assert tokenizer.eos_token_id not in cut.text[1]
     rest = encode(examples, tokenizer, 8, on_long="drop")
     assert (len(rest), rest.truncated, rest.dropped) == (1, 0, 1)
-    with pytest.raises(UserError, match="longer than"):
-        encode(examples[1:], tokenizer, 8, on_long="drop")
+    with pytest.raises(UserError, match="every validation text is longer than"):
+        encode(examples[1:], tokenizer, 8, on_long="drop", what="validation text")
+
+
+def test_cut_prompts_are_counted(tokenizer):
+    examples = [Example("the cat .", "a dog"), Example("the cat .", "a small dog"), Example("the " * 30, "a small dog")]
+    assert encode(examples, tokenizer, 8, 2).cut == 2
+    assert encode(examples, tokenizer, 8, 2, on_long="drop").cut == 1
+    assert encode(examples, tokenizer, 8).cut == 0
+
+
+def test_fingerprints_tell_sets_apart(tokenizer):
+    def fingerprint(*examples: Example) -> str:
+        return encode(examples, tokenizer, 8, 4).fingerprint()
+
+    a, b = Example("the cat .", "a dog"), Example("the dog .", "a dog")
+    prints = [fingerprint(a, b), fingerprint(b, a), fingerprint(a), fingerprint(a, Example("the dog .", "a cat"))]
+    assert len(set(prints)) == 4
+    assert fingerprint(a, b) == prints[0]
 
 
 def test_a_prompt_ends_where_the_text_begins(tokenizer):

@@ -19,6 +19,12 @@ from embdiff.errors import UserError
         ("lr", math.nan),
         ("ema", 1.0),
         ("max_time", 0.0),
+        ("weight_decay", math.nan),
+        ("weight_decay", math.inf),
+        ("warmup", math.inf),
+        ("seed", 2**63),
+        ("seed", 10**400),
+        ("lr", 10**400),
     ],
 )
 def test_options_out_of_range_are_refused(option, value):
@@ -34,6 +40,33 @@ def test_options_of_the_wrong_kind_are_refused(option, value):
         TrainConfig(**{option: value})
 
 
+def test_the_largest_seed_will_do():
+    assert TrainConfig(seed=2**63 - 1).seed == 2**63 - 1
+
+
+def test_options_without_effect_are_told():
+    assert not TrainConfig().idle()
+    assert not TrainConfig(tokenizer="word", min_count=5).idle()
+    idle = TrainConfig(min_count=5, optimizer="adamw", matrix_lr=1.0, validation="v.txt", valid_share=0.1).idle()
+    assert [line.split(" has no effect with ") for line in idle] == [
+        ["min_count 5", "tokenizer bpe"],
+        ["matrix_lr 1.0", "optimizer adamw"],
+        ["valid_share 0.1", "validation v.txt"],
+    ]
+
+
+def test_local_paths_are_stored_in_full(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("texts.txt", "docstrings", "bpe"):
+        (tmp_path / name).touch()
+    here = TrainConfig(data="texts.txt", validation="./docstrings", tokenizer="bpe").located()
+    assert here.data == str(tmp_path / "texts.txt")
+    assert here.validation == str(tmp_path / "docstrings")
+    assert here.tokenizer == "bpe"
+    elsewhere = TrainConfig(data="docstrings", validation="owner/name", tokenizer="gpt2")
+    assert elsewhere.located() == elsewhere
+
+
 def test_yaml_numbers_become_numbers():
     assert TrainConfig(lr="1e-3", max_length="32").lr == 1e-3
 
@@ -45,6 +78,10 @@ def test_config_files_are_read_and_checked(tmp_path):
     path.write_text("max_stepz: 5")
     with pytest.raises(UserError, match="max_stepz"):
         read_config(path)
+    for text in ("seed: " + "9" * 5000, "data: 2024-99-99"):
+        path.write_text(text)
+        with pytest.raises(UserError, match="cannot read"):
+            read_config(path)
     path.write_text("just words")
     with pytest.raises(UserError, match="config"):
         read_config(path)

@@ -68,6 +68,16 @@ def test_a_folder_is_its_files_in_order_without_hidden_ones(tmp_path: Path) -> N
     assert [e.text for e in read_examples(str(tmp_path))] == ["one", "two", "three"]
 
 
+def test_training_runs_in_a_folder_are_no_data(tmp_path: Path) -> None:
+    write(tmp_path / "a.txt", "one\n")
+    write(tmp_path / "runs" / "first" / "run.yaml", "data: a.txt\n")
+    write(tmp_path / "runs" / "first" / "log.jsonl", '{"step": 1}\n')
+    write(tmp_path / "runs" / "first" / "deeper" / "samples.txt", "no\n")
+    assert read_examples(str(tmp_path)) == [Example("one")]
+    with pytest.raises(UserError, match="training runs aside"):
+        read_examples(str(tmp_path / "runs"))
+
+
 def test_lines_end_at_newlines_only_and_blank_ones_are_skipped(tmp_path: Path) -> None:
     data = write(tmp_path / "a.txt", "\ufeffone\r\n\n  \n two\u2028three \n")
     assert [e.text for e in read_examples(data)] == ["one", "two\u2028three"]
@@ -90,6 +100,14 @@ def test_columns_are_found_or_named(tmp_path: Path) -> None:
     assert read_examples(data) == [Example("p")]
 
 
+def test_columns_are_those_of_many_rows(tmp_path: Path) -> None:
+    late = [{"id": 1, "body": None}, {"id": "2b", "body": "b"}, {"body": "c", "prompt": "p"}]
+    data = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, late)))
+    assert read_examples(data) == [Example("b"), Example("c", "p")]
+    assert load_corpus(data).notes[0] == "texts are column 'body', prompts column 'prompt'"
+    assert not load_corpus(data, text_column="body").notes
+
+
 def test_limit_takes_the_first(tmp_path: Path) -> None:
     data = write_as(".jsonl", tmp_path / "data")
     assert read_examples(data, limit=7) == PAIRS[:7]
@@ -107,8 +125,10 @@ BAD_FILES = {
     "a number for a text": ("a.jsonl", '{"text": "x"}\n{"text": 3}\n', {}, "a.jsonl:2"),
     "a later row without the column": ("a.jsonl", '{"text": "x"}\n{"txt": "y"}\n', {}, "a.jsonl:2"),
     "bad json": ("a.jsonl", '{"text": "x"}\n{"text"\n', {}, "a.jsonl:2"),
+    "deep json": ("a.jsonl", '{"text": ' + "[" * 100_000 + "]" * 100_000 + "}", {}, "a.jsonl:1"),
     "json of another kind": ("a.jsonl", '["x"]\n', {}, "a.jsonl:1"),
     "ragged csv": ("a.csv", "text\nx, y\n", {}, "a.csv:2"),
+    "two columns of one name": ("a.csv", "text,n,text\nx,1,y\n", {}, "a.csv:1: two columns are named 'text'"),
     "giant csv field": ("a.csv", "text\n" + "x" * 200_000, {}, "a.csv:2"),
     "not UTF-8": ("a.txt", b"fine\nna\xefve\n", {}, "a.txt:2: byte 7"),
     "not parquet": ("a.parquet", "text", {}, "parquet"),
@@ -139,7 +159,18 @@ def test_what_cannot_be_opened_gives_one_line(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "loop.txt").symlink_to(tmp_path / "loop.txt")
     (tmp_path / "a.txt").touch(mode=0o000)
-    names = ["./none", "/none", "none.txt", "~/none.csv", "../a/b", "a/b/c", str(tmp_path / "none"), ""]
+    names = [
+        "./none",
+        "/none",
+        "~no.such.user/f.txt",
+        "none.txt[train]",
+        "none.txt",
+        "~/none.csv",
+        "../a/b",
+        "a/b/c",
+        str(tmp_path / "none"),
+        "",
+    ]
     for data in [*names, str(tmp_path / "empty"), str(tmp_path / "loop.txt"), str(tmp_path / "a.txt")]:
         with pytest.raises(UserError):
             read_examples(data)
@@ -152,6 +183,33 @@ def test_an_unreachable_hub_id_is_said_at_once(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="neither a local file nor"):
         read_examples("nobody/no-such-data")
+
+
+@pytest.mark.parametrize(
+    ("data", "called"),
+    [
+        ("squad", ("squad", None, "train")),
+        ("owner/name", ("owner/name", None, "train")),
+        ("owner/name[validation]", ("owner/name", None, "validation")),
+        ("owner/name:en-2.0", ("owner/name", "en-2.0", "train")),
+        ("owner/name:en[train[:10]]", ("owner/name", "en", "train[:10]")),
+    ],
+)
+def test_a_hub_id_may_name_configuration_and_split(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data: str, called: tuple[str, str | None, str]
+) -> None:
+    calls: list[tuple[str, str | None, str]] = []
+
+    def load_dataset(name: str, config: str | None, split: str) -> list[dict[str, str]]:
+        calls.append((name, config, split))
+        return [{"text": f"{split} {i}"} for i in range(3)]
+
+    monkeypatch.setattr(pytest.importorskip("datasets"), "load_dataset", load_dataset)
+    monkeypatch.chdir(tmp_path)
+    assert len(read_examples(data)) == 3
+    assert calls == [called]
+    corpus = load_corpus("owner/name", validation="owner/name[test]")
+    assert corpus.valid[0] == Example("test 0")
 
 
 def test_docstrings_is_a_word_and_not_a_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -245,10 +303,9 @@ def test_validation_data_is_kept_whole_and_left_out_of_train(tmp_path: Path) -> 
     data = write_as(".jsonl", tmp_path / "data")
     validation = write(tmp_path / "valid.jsonl", "\n".join(json.dumps(r) for r in rows(PAIRS[:4] * 2)))
     corpus = load_corpus(data, validation=validation)
-    assert corpus.name == "data"
     assert corpus.valid == PAIRS[:4] * 2
     assert corpus.train == PAIRS[4:]
-    assert len(corpus.notes) == 1
-    assert corpus.notes[0].startswith("4 ")
+    assert len(corpus.notes) == 2
+    assert corpus.notes[1].startswith("4 ")
     with pytest.raises(UserError):
         load_corpus(data, validation=data)

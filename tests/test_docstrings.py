@@ -85,13 +85,21 @@ def test_pairs_come_in_order_without_duplicates_and_without_warnings(root: Path)
 def test_many_files_in_a_pool_give_what_one_core_gives(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for i in range(150):
         (root / f"m{i:03}.py").write_text(f'def f{i}(x):\n    """Adds the number {i} to it."""\n')
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(docstrings, "_cores", lambda: 2)
     pooled = build([root], refresh=True)
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(docstrings, "_cores", lambda: 1)
     assert build([root], refresh=True) == pooled
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(docstrings, "_cores", lambda: 2)
     monkeypatch.setattr(docstrings, "_start_pool", lambda cores: (_ for _ in ()).throw(OSError()))
     assert build([root], refresh=True) == pooled
+
+
+def test_cores_are_those_that_we_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5}, raising=False)
+    assert docstrings._cores() == 2
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
+    assert docstrings._cores() == 64
 
 
 def test_the_cache_answers_until_refreshed_and_survives_damage(root: Path, cache: Path) -> None:
@@ -195,7 +203,7 @@ def test_the_build_ends_under_a_callers_signal_handlers(tmp_path, monkeypatch):
 
     for k in range(300):
         (tmp_path / f"m{k}.py").write_text(f'def f{k}(a):\n    """Return the number {k} of this file."""\n')
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr(docstrings, "_cores", lambda: 2)
     with StopSignal():
         for _ in range(5):
             assert len(docstrings.build([tmp_path], progress=False, refresh=True)) == 300

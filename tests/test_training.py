@@ -6,16 +6,19 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
+import accelerate
 import pytest
 import torch
 
 from embdiff import checkpoint, training
-from embdiff.config import TrainConfig
+from embdiff.config import TrainConfig, read_config
 from embdiff.data import Corpus, Example
 from embdiff.errors import UserError
 from embdiff.pipeline import load
-from embdiff.training import Stopped, train
+from embdiff.training import Silent, Stopped, train
 from tests.conftest import sentences
 
 SMALL = TrainConfig(
@@ -42,11 +45,21 @@ def small(**options) -> TrainConfig:
 
 def corpus(prompted: bool = True, count: int = 60) -> Corpus:
     examples = [Example(s, " ".join(s.split()[:2]) if prompted else None) for s in sentences(count)]
-    return Corpus("test", examples[:-6], examples[-6:], [])
+    return Corpus(examples[:-6], examples[-6:], [])
 
 
 def weights(folder):
     return checkpoint.read_tensors(folder / "denoiser" / "diffusion_pytorch_model.safetensors")
+
+
+class Notes(Silent):
+    """A reporter that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.lines.append(text)
 
 
 def stop_after(steps: int):
@@ -126,19 +139,34 @@ def test_adamw_accumulation_infilling_and_a_table_schedule_train_too(tmp_path):
     )
 
 
-def test_two_processes_train_like_one_with_twice_the_batch(tmp_path):
-    pairs = tmp_path / "pairs.txt"
+# One start of the processes for two commands, since starting them takes longer than the commands.
+TWICE = """
+import sys
+from embdiff.cli import main
+
+for arguments in (["train", "missing.txt", "--output", "missing"], sys.argv[1:]):
+    sys.argv = ["embdiff", *arguments]
+    try:
+        main()
+    except SystemExit as leaving:
+        print(f"left with {leaving.code}", file=sys.stderr, flush=True)
+"""
+
+
+def test_two_processes_refuse_alike_and_train_like_one_with_twice_the_batch(tmp_path):
+    pairs, script = tmp_path / "pairs.txt", tmp_path / "twice.py"
     pairs.write_text("\n".join(f"{' '.join(s.split()[:2])}||{s}" for s in sentences(60)))
+    script.write_text(TWICE)
     common = [str(pairs), "--separator", "||", "--size", "tiny", "--tokenizer", "word", "--min-count", "1"]
     common += ["--max-length", "24", "--max-steps", "8", "--no-compile", "--dtype", "fp32", "--infill", "0.3"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    logs = []
-    for name, start, batch in (("one", [sys.executable, "-m"], "16"), ("two", launch, "8")):
-        command = [*start, "embdiff.cli", "train", *common, "--output", str(tmp_path / name), "--batch-size", batch]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    errors, logs = [], []
+    for name, start, batch in (("one", [sys.executable], "16"), ("two", launch, "8")):
         config = tmp_path / f"{name}.yaml"
         config.write_text("log_every: 1\nwarmup: 1\n")
+        options = ["--output", str(tmp_path / name), "--batch-size", batch, "--config", str(config)]
         done = subprocess.run(
-            [*command, "--config", str(config)],
+            [*start, str(script), "train", *common, *options],
             env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
@@ -146,8 +174,13 @@ def test_two_processes_train_like_one_with_twice_the_batch(tmp_path):
             timeout=300,
         )
         assert done.returncode == 0, done.stderr
+        assert done.stderr.count("model written to") == 1
+        # Counted, not compared line by line: two processes may write into one line.
+        errors.append([done.stderr.count(part) for part in ("no such file or folder: 'missing.txt'", "left with")])
+        assert done.stderr.count("left with 2") == done.stderr.count("left with 0") == errors[-1][0]
         log = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
         logs.append([m["loss"] for m in log if "loss" in m])
+    assert errors == [[1, 2], [2, 4]]
     assert logs[0] == pytest.approx(logs[1], rel=1e-4)
 
 
@@ -253,16 +286,226 @@ def test_resuming_refuses_another_vocabulary_data_or_shape(stopped, tmp_path):
         train(SMALL, stopped, corpus=corpus(), resume=True)
 
 
-def test_damaged_checkpoints_are_named(stopped):
-    folder = checkpoint.checkpoints(stopped)[-1]
-    state = (folder / "state.json").read_text()
-    (folder / "state.json").write_text("{")
-    with pytest.raises(UserError, match="no embdiff checkpoint"):
+def test_resuming_refuses_other_texts_of_the_same_number(stopped):
+    data = corpus()
+    examples = [Example(data.train[0].text, data.train[1].prompt), *data.train[1:]]
+    with pytest.raises(UserError, match="other texts"):
+        train(SMALL, stopped, corpus=Corpus(examples, data.valid, []), resume=True)
+
+
+@pytest.mark.parametrize(
+    "option", [{"tokenizer": "bpe"}, {"vocab_size": 500}, {"min_count": 2}, {"on_long": "drop"}], ids=str
+)
+def test_resuming_refuses_another_tokenizer_and_keeps_run_yaml(stopped, option):
+    before = (stopped / "run.yaml").read_text()
+    with pytest.raises(UserError, match=f"{next(iter(option))} is .*resume without changing it"):
+        train(small(**option), stopped, corpus=corpus(), resume=True)
+    assert (stopped / "run.yaml").read_text() == before
+
+
+def test_resuming_refuses_another_number_of_processes(stopped):
+    path = checkpoint.checkpoints(stopped)[-1] / "state.json"
+    state = json.loads(path.read_text())
+    state["fingerprint"]["processes"] = 2
+    path.write_text(json.dumps(state))
+    with pytest.raises(UserError, match=r"1 processes.*had 2"):
         train(SMALL, stopped, corpus=corpus(), resume=True)
-    (folder / "state.json").write_text(state)
-    (folder / "ema.safetensors").write_bytes(b"junk")
-    with pytest.raises(UserError, match="damaged"):
-        train(SMALL, stopped, corpus=corpus(), resume=True)
+
+
+def test_resuming_before_the_first_checkpoint_takes_the_options_given(tmp_path):
+    run = tmp_path / "run"
+
+    def die() -> bool:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(small(log_every=1), run, corpus=corpus(), should_stop=die)
+    with (run / "log.jsonl").open("a") as log:
+        log.write('{"step": 1, "lo')  # what a kill leaves
+    train(small(tokenizer="bpe", vocab_size=270, log_every=1), run, corpus=corpus(), resume=True)
+    assert len(load(str(run)).tokenizer) <= 270
+    assert [m["step"] for m in logged(run)] == [1, 2, 3, 4, 5, 6, 6]
+
+
+def test_resuming_a_finished_run_logs_its_bound_once(tmp_path):
+    run = train(SMALL, tmp_path / "run", corpus=corpus())
+    before = logged(run)
+    with (run / "log.jsonl").open("a") as log:
+        log.write('[1]\n{"loss": 1}\n{"step": "x"}\njunk')
+    train(SMALL, run, corpus=corpus(), resume=True)
+    assert logged(run) == before
+    assert [m["step"] for m in before if "bound" in m] == [6]
+
+
+def logged(run):
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def refused(run) -> str:
+    """What a resumed run says of its checkpoint, in one line."""
+    with pytest.raises(UserError) as caught:
+        train(SMALL, run, corpus=corpus(), resume=True)
+    message = str(caught.value)
+    assert str(checkpoint.checkpoints(run)[-1]) in message
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    run = tmp_path_factory.mktemp("damaged") / "run"
+    with pytest.raises(Stopped):
+        train(SMALL, run, corpus=corpus(), should_stop=stop_after(2))
+    return run
+
+
+@pytest.fixture
+def damaged(whole, tmp_path):
+    """A run to damage, and its newest checkpoint."""
+    shutil.copytree(whole, tmp_path / "run")
+    return tmp_path / "run", checkpoint.checkpoints(tmp_path / "run")[-1]
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "3", "{}", '{"fingerprint": []}', '{"fingerprint": {"options": "x"}}'])
+def test_a_state_that_is_none_is_refused(damaged, text):
+    run, folder = damaged
+    (folder / "state.json").write_text(text)
+    assert "no embdiff checkpoint" in refused(run)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("step", None),
+        ("step", "2"),
+        ("tokens", -1),
+        ("seconds", math.nan),
+        ("idle", 5),
+        ("schedule", None),
+        ("schedule", {"schedule": {"name": "cubic"}, "weight": [], "total": [], "h_inf": 1, "mu_bounds": [0, 1]}),
+        ("schedule", {"schedule": "gumbel", "weight": ["a"], "total": [1.0], "h_inf": 1, "mu_bounds": [0, 1]}),
+        ("schedule", {"schedule": "gumbel", "weight": [1.0], "total": [1.0], "h_inf": 1, "mu_bounds": [0, 1]}),
+    ],
+)
+def test_a_state_with_wrong_values_is_refused(damaged, key, value):
+    run, folder = damaged
+    state = json.loads((folder / "state.json").read_text()) | {key: value}
+    if value is None:
+        del state[key]
+    (folder / "state.json").write_text(json.dumps(state))
+    assert "damaged" in refused(run)
+
+
+@pytest.mark.parametrize("name", ["denoiser", "ema", "optimizer-0", "optimizer-1"])
+def test_tensors_that_are_not_the_runs_are_refused(damaged, name):
+    run, folder = damaged
+    path = folder / f"{name}.safetensors"
+    right = {name: tensor.clone() for name, tensor in checkpoint.read_tensors(path).items()}
+    some = next(iter(right))
+    for wrong in ({}, right | {"foreign": torch.ones(1)}, right | {some: torch.ones(1, 1, 1)}):
+        checkpoint.write_tensors(path, wrong)
+        assert "damaged" in refused(run)
+    path.write_bytes(b"junk")
+    assert "damaged" in refused(run)
+
+
+def test_parameters_that_no_step_has_used_need_no_state(tmp_path):
+    config, run = small(infill=0.0), tmp_path / "run"  # nothing is ever given as context
+    with pytest.raises(Stopped):
+        train(config, run, corpus=corpus(False), should_stop=stop_after(2))
+    assert checkpoint.read_state(checkpoint.checkpoints(run)[-1])["idle"]
+    train(config, run, corpus=corpus(False), resume=True)
+
+
+def test_overwriting_leaves_what_no_run_wrote(tmp_path):
+    run = train(small(max_steps=1), tmp_path / "run", corpus=corpus())
+    (run / "thesis.tex").write_text("x")
+    (run / "texts").mkdir()
+    (run / "texts" / "a.txt").write_text("\n".join(sentences(30)))
+    (run / "checkpoints" / "step-99999999").mkdir()
+    train(small(max_steps=1, data=str(run / "texts"), separator=None), run, overwrite=True)
+    assert (run / "thesis.tex").exists()
+    assert (run / "texts" / "a.txt").exists()
+    assert [p.name for p in checkpoint.checkpoints(run)] == ["step-00000001"]
+
+
+@pytest.mark.parametrize("option", ["data", "validation"])
+def test_overwriting_never_deletes_the_data(tmp_path, option):
+    run = train(small(max_steps=1), tmp_path / "run", corpus=corpus())
+    inside, outside = run / "checkpoints" / "a.txt", tmp_path / "b.txt"
+    for path in (inside, outside):
+        path.write_text("\n".join(sentences(30)))
+    options = {"data": str(outside), "validation": str(outside)} | {option: str(inside)}
+    with pytest.raises(UserError, match=r"a\.txt.*--overwrite deletes"):
+        train(small(**options), run, overwrite=True)
+    assert inside.exists()
+    assert weights(run)
+
+
+def test_what_was_cut_is_told_for_both_sets(tmp_path):
+    notes, data = Notes(), corpus()
+    long = Example("the cat " * 30, "the cat " * 30)
+    longer = Corpus([*data.train, long], [*data.valid, long], [])
+    train(small(max_steps=1), tmp_path / "run", corpus=longer, reporter=notes)
+    assert "1 truncated of 55 texts: longer than 24 tokens" in notes.lines
+    assert "1 truncated of 7 validation texts: longer than 24 tokens" in notes.lines
+    assert "1 prompts of 55 texts cut to their last 8 tokens" in notes.lines
+    assert "1 prompts of 7 validation texts cut to their last 8 tokens" in notes.lines
+
+
+def test_validation_texts_that_are_all_too_long_are_named(tmp_path):
+    data, long = corpus(), [Example("the cat " * 30)]
+    with pytest.raises(UserError, match="every validation text"):
+        train(small(on_long="drop"), tmp_path / "run", corpus=Corpus(data.train, long, []))
+
+
+def test_without_validation_texts_the_first_text_may_be_too_long(tmp_path):
+    texts = [Example("the cat " * 30), *corpus(False).train]
+    train(small(on_long="drop", max_steps=1, previews=0), tmp_path / "run", corpus=Corpus(texts, [], []))
+
+
+def test_options_without_effect_are_noted(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    notes = Notes()
+    train(small(max_steps=1, vocab_size=500), tmp_path / "run", corpus=corpus(), reporter=notes)
+    assert "vocab_size 500 has no effect with tokenizer word" in notes.lines
+    assert any(line.startswith("accelerate's mixed_precision bf16 has no effect") for line in notes.lines)
+
+
+def test_a_run_resumes_from_another_folder(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "a.txt").write_text("\n".join(sentences(30)))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Stopped):
+        train(small(data="a.txt"), tmp_path / "run", should_stop=stop_after(2))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    train(TrainConfig(**read_config(tmp_path / "run" / "run.yaml")), tmp_path / "run", resume=True)
+
+
+def test_benchmarks_continue_a_run_with_its_own_options(stopped, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import common
+
+    monkeypatch.setattr(common, "train", lambda config, *_, **options: train(config, *_, corpus=corpus(), **options))
+    common.trained(stopped, small(max_steps=50, schedule="table"))
+    assert logged(stopped)[-1]["step"] == SMALL.max_steps
+
+
+def test_what_one_process_refuses_all_refuse(monkeypatch):
+    """The words travel from the main process to the others."""
+    sent = []
+
+    def broadcast(words):
+        sent.append(list(words)) if is_main else words.__setitem__(slice(None), sent[0])
+
+    def work():
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(accelerate.utils, "broadcast_object_list", broadcast)
+    for is_main, kind in ((True, OSError), (False, UserError)):
+        process = SimpleNamespace(is_main_process=is_main, num_processes=2)
+        with pytest.raises(kind, match="the disk is full"):
+            training.by_main(process, work)
 
 
 def test_nothing_to_resume_is_said(tmp_path):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from embdiff import vocabulary
 from embdiff.errors import UserError
-from embdiff.vocabulary import build, decode, fingerprint, load, train_bpe, train_word
+from embdiff.vocabulary import before_end, build, decode, fingerprint, load, train_bpe, train_word
 
 TEXTS = ["the cat sat .", "the dog sat , the cat ran .", "naïve café   two  blanks", "the end"] * 3
 BPE = train_bpe(TEXTS, 300)
@@ -67,6 +67,7 @@ def test_decode_cuts_at_the_end_and_drops_bos() -> None:
     assert decode(WORD, [1, cat, 3, sat, 2, cat]) == "cat <unk> sat"
     assert decode(WORD, [cat, 0, 0, sat]) == "cat"
     assert decode(WORD, [2]) == decode(WORD, []) == ""
+    assert before_end(WORD, [1, cat, 2, sat]) == before_end(WORD, [1, cat, 0, sat, 2]) == [1, cat]
 
 
 @pytest.mark.parametrize("tokenizer", [BPE, WORD], ids=["bpe", "word"])
@@ -119,6 +120,7 @@ def test_bad_input_gives_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         lambda: train_word(["a b"], 2),
         lambda: train_word(["a b"], 1, max_size=4),
         lambda: load("./none"),
+        lambda: load("~no.such.user/none"),
         lambda: load("nobody/no-such-tokenizer"),
         lambda: load(str(tmp_path)),
     ]

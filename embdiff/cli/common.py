@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from embdiff.data import lines
 from embdiff.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,6 +29,12 @@ def seconds(text: str) -> float:
     if not parts or "".join(number + unit for number, unit in parts) != text:
         raise UserError(f"time {text!r} is not understood: write 90s, 15m or 1h30m")
     return sum(float(number) * UNITS[unit] for number, unit in parts)
+
+
+def check_seed(seed: int) -> None:
+    """Refuses a seed that a generator, or the seed of a later sample, has no room for."""
+    if not 0 <= seed < 2**62:
+        raise UserError(f"--seed {seed} is out of range: give 0 to {2**62 - 1}")
 
 
 def duration(value: float) -> str:
@@ -59,7 +67,7 @@ def device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         chosen = torch.device(name)
-        torch.zeros(1, device=chosen)
+        torch.zeros(1, device=chosen).tolist()  # back again too: meta tensors hold nothing
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"device {name!r} can't be used ({reason}): choose cpu, cuda or auto") from error
@@ -97,16 +105,12 @@ def load_pipeline(model: str, device_name: str = "cpu", dtype_name: str = "fp32"
 
 
 def read_prompts(path: str) -> list[str]:
-    """The lines of a file, or of stdin for `-`; blank lines are skipped."""
-    import sys
-
+    """The lines of a file, or of stdin for `-`, as in data; blank lines are skipped."""
     try:
-        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"prompts file {path} is not UTF-8 (byte {error.start}): convert it first") from error
+        content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"cannot read prompts file {path}: {error.strerror}") from error
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    prompts = [line.strip() for _, line in lines("stdin" if path == "-" else path, content)]
     if not prompts:
         raise UserError(f"prompts file {path} has no prompt: write one on each line")
     return prompts

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from embdiff.cli.common import duration, quiet, seconds
+from embdiff.cli.common import check_seed, duration, quiet, seconds
 from embdiff.cli.train import Display, StopSignal
 from embdiff.errors import UserError
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # What building the corpus and the tokenizer, sampling and drawing take beside training.
 OVERHEAD = 45.0
+LEAST = 5.0  # of training
 
 
 def quickstart(
@@ -30,6 +31,9 @@ def quickstart(
 
     started = time.monotonic()
     total = seconds(max_time)
+    if total < OVERHEAD + LEAST:
+        raise UserError(f"--max-time {max_time} leaves no time to train: give 2m or more")
+    check_seed(seed)
     quiet()
     from embdiff import training
     from embdiff.data import load_corpus
@@ -40,10 +44,9 @@ def quickstart(
         corpus = load_corpus("docstrings")
         display.note(f"{len(corpus.train) + len(corpus.valid):,} pairs (signature -> first sentence of the docstring)")
         remaining = total - (time.monotonic() - started) - OVERHEAD
-        if remaining < 5:
-            raise UserError(
-                f"--max-time {max_time} leaves no time to train: {duration(total - remaining + 5)} would do"
-            )
+        if remaining < LEAST:
+            needed = duration(total - remaining + LEAST)
+            raise UserError(f"--max-time {max_time} leaves no time to train: {needed} would do")
         config = recipe(remaining, seed)
         training.train(config, output, overwrite=overwrite, corpus=corpus, reporter=display, should_stop=stop)
     show_samples(output, held_out(corpus, 4), seed)

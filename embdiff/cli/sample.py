@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from embdiff.cli.common import load_pipeline, quiet, read_prompts
+from embdiff.cli.common import check_seed, load_pipeline, quiet, read_prompts
+from embdiff.data import has_lone_surrogate
 from embdiff.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Record:
-    """One sample, as `--json` prints it. tokens: ids up to the end of text."""
+    """One sample, as `--json` prints it. tokens: the ids that `text` is decoded from; cfg_scale: 1 where none acted."""
 
     prompt: str | None
     text: str
@@ -71,7 +73,7 @@ def sample(
     as_json: bool = typer.Option(False, "--json", help="One JSON object a line."),
     show_steps: bool = typer.Option(False, help="Show the text forming, step by step."),
     output: Path | None = typer.Option(None, "--output", "-o", help="Write to this file, one sample a line."),
-    resume: bool = typer.Option(False, help="Go on where --output ends."),
+    resume: bool = typer.Option(False, help="Go on where --output ends, with the same options."),
     overwrite: bool = typer.Option(False, help="Replace --output."),
 ) -> None:
     """Draw samples from MODEL.
@@ -79,21 +81,32 @@ def sample(
     [bold]embdiff sample runs/docstrings --prompt "def mean(values)" --cfg-scale 2 -n 5[/bold]
     """
     check(num_samples, steps, cfg_scale, batch_size, temperature, seed)
+    check_output(output, resume, overwrite)
+    for name, value in (("--prompt", prompt), ("--negative-prompt", negative_prompt)):
+        if value is not None and has_lone_surrogate(value):
+            raise UserError(f"{name} {value!r} is not UTF-8: check the terminal's encoding")
     if prompt is not None and prompts is not None:
         raise UserError("both --prompt and --prompts are given: choose one")
     sources: list[str | None] = [prompt] if prompts is None else list(read_prompts(prompts))
     jobs = [Job(p, negative_prompt, seed + i) for i, p in enumerate(p for p in sources for _ in range(num_samples))]
-    done = already_written(output, resume, overwrite)
-    if done > len(jobs):
-        raise UserError(f"{output} holds {done} samples, more than the {len(jobs)} asked for: choose another file")
+    guided = cfg_scale != 1 and (any(sources) or bool(negative_prompt))
+    if not guided and cfg_scale != 1:
+        print(f"--cfg-scale {cfg_scale:g} has no effect without a prompt: nothing to steer by", file=sys.stderr)
+    elif not guided and negative_prompt is not None:
+        print("--negative-prompt has no effect at --cfg-scale 1: give a scale such as 2", file=sys.stderr)
+    as_json = as_json or (output is not None and output.suffix == ".jsonl")
 
     quiet()
     pipe = load_pipeline(model, device, dtype)
     from embdiff.guidance import ClassifierFreeGuidance
-    from embdiff.schedulers import scheduler_class
+    from embdiff.schedulers import EmbeddingScheduler, scheduler_class
 
     if scheduler is not None or noise_schedule is not None:
         cls = type(pipe.scheduler) if scheduler is None else scheduler_class(scheduler)
+        if noise_schedule is not None and not issubclass(cls, EmbeddingScheduler):
+            raise UserError(
+                f"--noise-schedule is for embdiff's schedulers, the model has {cls.__name__}: --scheduler too"
+            )
         nodes = {} if noise_schedule is None else {"nodes": noise_schedule}
         pipe.scheduler = cls.from_config(pipe.scheduler.config, **nodes)
     warn_of_long_prompts(pipe, [p for p in sources if p])
@@ -105,17 +118,25 @@ def sample(
         "max_length": max_length,
         "guidance": [ClassifierFreeGuidance(cfg_scale, cfg_space)],
     }
-    if show_steps:
-        options["callback_on_step_end"] = StepsView(pipe, steps)
     name = type(pipe.scheduler).__name__
 
-    def records() -> Iterator[Record]:
-        for start in range(done, len(jobs), batch_size):
-            part = jobs[start : start + batch_size]
+    def records(first: int, last: int) -> Iterator[Record]:
+        for start in range(first, last, batch_size):
+            part = jobs[start : min(start + batch_size, last)]
             for job, text, tokens in draw(pipe, part, options):
-                yield Record(job.prompt, text, tokens, job.seed, steps, name, cfg_scale)
+                yield Record(job.prompt, text, tokens, job.seed, steps, name, cfg_scale if guided else 1.0)
 
-    write(records(), len(jobs), done, output, as_json)
+    def drawn(first: int, last: int) -> list[str]:
+        return [line(record, as_json) for record in records(first, last)]
+
+    done = already_written(output, len(jobs), drawn, batch_size) if output is not None and resume else 0
+    if show_steps:
+        options["callback_on_step_end"] = StepsView(pipe, steps)
+    if output is None:
+        for record in records(0, len(jobs)):
+            print(line(record, as_json), flush=True)
+    else:
+        write(records(done, len(jobs)), len(jobs), done, output, as_json)
 
 
 def check(num_samples: int, steps: int, cfg_scale: float, batch_size: int, temperature: float, seed: int) -> None:
@@ -123,8 +144,7 @@ def check(num_samples: int, steps: int, cfg_scale: float, batch_size: int, tempe
     for name, value in (("--num-samples", num_samples), ("--steps", steps), ("--batch-size", batch_size)):
         if value < 1:
             raise UserError(f"{name} {value} is too small: give at least 1")
-    if not 0 <= seed < 2**62:
-        raise UserError(f"--seed {seed} is out of range: give 0 to {2**62 - 1}")
+    check_seed(seed)
     if not math.isfinite(cfg_scale):
         raise UserError(f"--cfg-scale {cfg_scale} is not a finite number: 1 is off, 1.5 to 3 are usual")
     if not (math.isfinite(temperature) and temperature > 0):
@@ -146,35 +166,50 @@ def draw(pipe: TextDiffusionPipeline, jobs: list[Job], options: dict[str, Any]) 
     """Draws one batch; each sample has its own generator."""
     import torch
 
+    from embdiff.vocabulary import before_end
+
     prompts = None if jobs[0].prompt is None else [j.prompt or "" for j in jobs]
     negative = jobs[0].negative
     generators = [torch.Generator().manual_seed(j.seed) for j in jobs]
     count = len(jobs) if prompts is None else 1
     result: Any = pipe(prompts, negative_prompt=negative, num_samples=count, generator=generators, **options)
     for job, text, ids in zip(jobs, result.texts, result.sequences.tolist(), strict=True):
-        end = pipe.tokenizer.eos_token_id
-        yield job, text, ids[: ids.index(end)] if end in ids else ids
+        yield job, text, before_end(pipe.tokenizer, ids)
 
 
-def already_written(output: Path | None, resume: bool, overwrite: bool) -> int:
-    """How many samples `output` holds already; refuses to replace a file unasked."""
-    if output is None or not output.exists() or overwrite:
-        return 0
-    if not resume:
-        raise UserError(f"{output} exists: use --resume to go on, --overwrite to replace it")
-    lines = output.read_bytes().split(b"\n")
-    if lines[-1]:
-        # A line without its end was cut off in the middle: drop it and draw that sample again.
-        output.write_bytes(b"".join(line + b"\n" for line in lines[:-1]))
-    return len(lines) - 1
-
-
-def write(records: Iterator[Record], total: int, done: int, output: Path | None, as_json: bool) -> None:
-    """Streams samples to a file with a progress bar, or to stdout."""
+def check_output(output: Path | None, resume: bool, overwrite: bool) -> None:
+    """Refuses to replace a file unasked, before anything is loaded."""
+    if resume and overwrite:
+        raise UserError("both --resume and --overwrite are given: choose one")
     if output is None:
-        for record in records:
-            print(line(record, as_json), flush=True)
-        return
+        if resume or overwrite:
+            raise UserError(f"{'--resume' if resume else '--overwrite'} is for a file: name it with --output")
+    elif output.exists() and not (resume or overwrite):
+        raise UserError(f"{output} exists: use --resume to finish it, --overwrite to replace it")
+
+
+def already_written(output: Path, total: int, drawn: Callable[[int, int], list[str]], batch_size: int) -> int:
+    """How many of `total` samples `output` holds, told from its last lines, which are drawn again.
+
+    Half of them must be the same, for in bf16 a text may depend on its batch. A line cut off in the middle is dropped.
+    """
+    if not output.exists():
+        return 0
+    *whole, partial = output.read_bytes().decode("utf-8", errors="replace").split("\n")
+    done = len(whole)
+    if done > total:
+        raise UserError(f"{output} holds {done} samples, more than the {total} asked for: choose another file")
+    first = max(0, done - batch_size)
+    same = sum(old == new for old, new in zip(whole[first:], drawn(first, done), strict=True))
+    if 2 * same < done - first or (partial and not done and not drawn(0, 1)[0].startswith(partial.rstrip("\ufffd"))):
+        raise UserError(f"{output} was not begun with this model, prompts and options: give the same, or --overwrite")
+    if partial:
+        os.truncate(output, sum(len(text.encode()) + 1 for text in whole))
+    return done
+
+
+def write(records: Iterator[Record], total: int, done: int, output: Path, as_json: bool) -> None:
+    """Streams samples to a file with a progress bar."""
     from rich.console import Console
     from rich.progress import track
 
@@ -183,7 +218,7 @@ def write(records: Iterator[Record], total: int, done: int, output: Path | None,
         with output.open("a" if done else "w", encoding="utf-8") as file:
             console = Console(stderr=True)
             for record in track(chain(first, records), "sampling", total=total, completed=done, console=console):
-                file.write(line(record, as_json or output.suffix == ".jsonl") + "\n")
+                file.write(line(record, as_json) + "\n")
                 file.flush()
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror}; continue later with --resume") from error

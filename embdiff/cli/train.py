@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -89,11 +90,7 @@ def run(options: dict[str, Any], config_file: Path | None, output: Path, resume:
     merged |= options
     if "data" not in merged:
         raise UserError("no data is named: give DATA, for instance `embdiff train docstrings --output DIR`")
-    try:
-        config = TrainConfig(**merged)
-    except TypeError as error:
-        raise UserError(f"an option has a value of the wrong type: {error}") from error
-
+    config = TrainConfig(**merged)
     with StopSignal() as stop, Display() as display, stop.reported(display, output):
         train(config, output, resume=resume, overwrite=overwrite, reporter=display, should_stop=stop)
     display.note(f"model written to {output}")
@@ -147,31 +144,23 @@ class StopSignal:
 
 
 class Display:
-    """The run in the terminal: a live progress bar, or one line now and then where there is no terminal."""
+    """The run in the terminal: a live progress bar, or one line now and then where there is no terminal.
+
+    Of several processes only the first speaks.
+    """
 
     columns = ("loss", "tokens/s", "left")
 
     def __init__(self, every: float = 20.0) -> None:
         from rich.console import Console
 
-        self.console = Console(stderr=True, highlight=False)
+        # accelerate and torchrun number their processes in RANK.
+        self.console = Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
         self.every = every
         self._last = 0.0
         self._bar: Progress | None = None
 
     def __enter__(self) -> Display:
-        if self.console.is_terminal:
-            from rich.progress import BarColumn, Progress, TextColumn
-
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.fields[text]}"),
-                console=self.console,
-                transient=False,
-            )
-            self._task = self._bar.add_task("training", total=1.0, text="starting")
-            self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -190,11 +179,27 @@ class Display:
             f"step {metrics['step']:,}  loss {metrics['loss']:.3f}  {metrics['tokens_per_second']:,.0f} tokens/s  "
             f"{duration(metrics['seconds_left'])} left"
         )
+        if self.console.is_terminal and self._bar is None:
+            self._start_bar()
         if self._bar is not None:
             self._bar.update(self._task, completed=metrics["share"], text=text)
         elif time.monotonic() - self._last >= self.every or metrics["share"] >= 1:
             self._last = time.monotonic()
             self.note(text)
+
+    def _start_bar(self) -> None:
+        """Only now, for the data may have had a bar of their own before."""
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[text]}"),
+            console=self.console,
+            transient=False,
+        )
+        self._task = self._bar.add_task("training", total=1.0, text="starting")
+        self._bar.start()
 
     def validation(self, metrics: dict[str, float], previews: list[tuple[str | None, str]]) -> None:
         """The bound, and a few samples."""

@@ -93,9 +93,7 @@ def corpus(model: Path, data: str | None) -> Corpus:
         raise UserError(f"{model} does not say what it was trained on: name texts with --data")
     config = TrainConfig(**(read_config(run) if run.exists() else {}))
     if data is not None:
-        return load_corpus(
-            data, separator=config.separator if Path(data).suffix == ".txt" else None, valid_share=0.2
-        )
+        return load_corpus(data, separator=config.separator if Path(data).suffix == ".txt" else None, valid_share=0.2)
     return load_corpus(
         config.data,
         text_column=config.text_column,

@@ -1,0 +1,159 @@
+"""embdiff sample: what it goes on with, what it refuses, and what it says about the samples."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from embdiff import vocabulary
+from embdiff.cli import app
+from embdiff.errors import UserError
+from embdiff.pipeline import TextDiffusionPipeline
+from tests.conftest import lively
+
+
+@pytest.fixture
+def model(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def sample(*arguments):
+    common = ["--steps", "2", "--device", "cpu", "--dtype", "fp32"]
+    return CliRunner().invoke(app, ["sample", *common, *map(str, arguments)], catch_exceptions=False)
+
+
+def records(*arguments):
+    return [json.loads(line) for line in sample(*arguments, "--json").stdout.split("\n")[:-1]]
+
+
+@pytest.fixture
+def interrupted(model, tmp_path, monkeypatch):
+    """Stops a run after its fourth sample, in the middle of a line: the arguments for it, and its output."""
+    call, batches = TextDiffusionPipeline.__call__, []
+
+    def begin(suffix):
+        output = tmp_path / f"samples{suffix}"
+        arguments = [model, "--prompt", "the cat", "-n", "7", "--batch-size", "2", "--output", output]
+
+        def stopping(*arguments, **options):
+            batches.append(1)
+            if len(batches) == 3:
+                raise KeyboardInterrupt
+            return call(*arguments, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(TextDiffusionPipeline, "__call__", stopping)
+            assert sample(*arguments).exit_code != 0
+        with output.open("a") as file:
+            file.write("half a li")
+        return arguments, output
+
+    return begin
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_an_interrupted_output_is_finished_to_the_same_file(interrupted, tmp_path, suffix):
+    arguments, output = interrupted(suffix)
+    assert len(output.read_text().splitlines()) == 5
+    assert sample(*arguments, "--resume").exit_code == 0
+    whole = tmp_path / f"whole{suffix}"
+    assert sample(*arguments[:-1], whole).exit_code == 0
+    assert output.read_text() == whole.read_text()
+    assert sample(*arguments, "--resume").exit_code == 0  # complete: nothing to do
+    assert output.read_text() == whole.read_text()
+    assert sample(*arguments, "-n", "9", "--resume").exit_code == 0  # and more of the same
+    assert output.read_text().startswith(whole.read_text())
+    assert len(output.read_text().splitlines()) == 9
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ["--seed", "5"],
+        ["--json"],
+        ["--max-length", "5"],
+        ["--prompt", "a dog"],
+        ["--scheduler", "ddim"],
+        ["--cfg-scale", "2"],
+    ],
+)
+def test_an_output_is_not_finished_with_other_options(interrupted, change):
+    arguments, output = interrupted(".txt")
+    before = output.read_bytes()
+    with pytest.raises(UserError, match="not begun with this model"):
+        sample(*arguments, *change, "--resume")
+    assert output.read_bytes() == before
+
+
+def test_an_output_is_not_finished_with_another_model(interrupted, pipe, model):
+    arguments, output = interrupted(".jsonl")
+    before = output.read_bytes()
+    lively(pipe.denoiser, seed=9)
+    pipe.save_pretrained(model)
+    with pytest.raises(UserError, match="not begun with this model"):
+        sample(*arguments, "--resume")
+    assert output.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ["precious\nno newline at the end", "precious\n", "no newline"])
+def test_a_foreign_file_is_not_gone_on_with(model, tmp_path, content):
+    foreign = tmp_path / "notes.txt"
+    foreign.write_text(content)
+    with pytest.raises(UserError, match="not begun with this model"):
+        sample(model, "--output", foreign, "--resume", "-n", "2")
+    assert foreign.read_text() == content
+
+
+def test_a_file_with_more_samples_than_asked_for_is_refused(model, tmp_path):
+    sample(model, "--output", tmp_path / "three.txt", "-n", "3")
+    with pytest.raises(UserError, match="holds 3 samples, more than the 2"):
+        sample(model, "--output", tmp_path / "three.txt", "-n", "2", "--resume")
+
+
+@pytest.mark.parametrize(
+    ("options", "cause"),
+    [
+        (["--resume", "--overwrite", "--output", "x.txt"], "both --resume and --overwrite"),
+        (["--resume"], "--resume is for a file"),
+        (["--overwrite"], "--overwrite is for a file"),
+        (["--prompt", "a\udcff"], "--prompt 'a.udcff' is not UTF-8"),
+        (["--negative-prompt", "a\udcff", "--cfg-scale", "2"], "--negative-prompt"),
+        (["--device", "meta"], "device 'meta' can't be used"),
+    ],
+)
+def test_bad_options_are_refused(model, options, cause):
+    with pytest.raises(UserError, match=cause) as caught:
+        sample(model, *options)
+    assert "\n" not in str(caught.value)
+
+
+def test_options_without_effect_are_noted_and_not_recorded(model):
+    for options, note in [
+        (["--negative-prompt", "a dog"], "--negative-prompt has no effect"),
+        (["--cfg-scale", "2"], "--cfg-scale 2 has no effect"),
+    ]:
+        (line,) = sample(model, *options).stderr.splitlines()
+        assert line.startswith(note)
+        assert records(model, *options)[0]["cfg_scale"] == 1
+    for options in (["--prompt", "a dog"], ["--negative-prompt", "a dog"]):
+        assert not sample(model, *options, "--cfg-scale", "2").stderr
+        assert records(model, *options, "--cfg-scale", "2")[0]["cfg_scale"] == 2
+
+
+def test_tokens_are_those_of_the_text(model, tokenizer):
+    for record in records(model, "-n", "20"):
+        assert not {tokenizer.eos_token_id, tokenizer.pad_token_id} & set(record["tokens"])
+        assert vocabulary.decode(tokenizer, record["tokens"]) == record["text"]
+
+
+def test_prompts_are_read_as_data_is(model, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    content = "\ufeffthe cat\r\n\na\u2028dog\x0cand\n".encode()
+    prompts.write_bytes(content)
+    assert [r["prompt"] for r in records(model, "--prompts", prompts)] == ["the cat", "a\u2028dog\x0cand"]
+    result = CliRunner().invoke(app, ["sample", model, "--prompts", "-", "--steps", "1", "--json"], input=content)
+    assert [json.loads(line)["prompt"] for line in result.stdout.split("\n")[:-1]] == ["the cat", "a\u2028dog\x0cand"]
+    prompts.write_bytes(b"fine\nna\xefve\n")
+    with pytest.raises(UserError, match=r"prompts\.txt:2: byte 7 is not UTF-8"):
+        sample(model, "--prompts", prompts)
