@@ -143,7 +143,8 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         B = len(prompts) * num_samples
         generators = sample_generators(generator, B)
         modules = [ClassifierFreeGuidance(guidance_scale), *guidance]
-        contexts = self._contexts(prompts, negative_prompt, num_samples)
+        guided = any(module.scale != 1.0 for module in modules)
+        contexts = self._contexts(prompts, negative_prompt, num_samples, guided)
         noise = NoiseAhead(generators, (length, self.denoiser.dim), self.device)
 
         solver.set_timesteps(num_inference_steps, device=self.device)
@@ -214,9 +215,9 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         return torch.cat([torch.rand(1, generator=g, device=g.device) for g in generators]).to(self.device)
 
     def _contexts(
-        self, prompts: list[str | None], negative: str | Sequence[str] | None, num_samples: int
+        self, prompts: list[str | None], negative: str | Sequence[str] | None, num_samples: int, guided: bool
     ) -> tuple[Context | None, Context | None]:
-        """The encoded prompts and negative prompts, each repeated for its samples; (None, None) without a prompt."""
+        """The encoded prompts, and negative prompts if guided, each repeated for its samples; None without a prompt."""
         if all(p is None for p in prompts) and negative is None:
             return None, None
         limit = int(self.denoiser.config.max_prompt_length)
@@ -226,10 +227,10 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         negatives = [negative or ""] * len(prompts) if negative is None or isinstance(negative, str) else list(negative)
         if len(negatives) != len(prompts):
             raise UserError(f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one, or one for each")
-        tokens = self.tokenizer([*positive, *negatives], add_special_tokens=False)["input_ids"]
+        tokens = self.tokenizer([*positive, *(negatives if guided else [])], add_special_tokens=False)["input_ids"]
         context = self._encode([ids[-limit:] for ids in tokens]).repeat(num_samples)
         half = len(prompts) * num_samples
-        return context.take(slice(0, half)), context.take(slice(half, 2 * half))
+        return context.take(slice(0, half)), context.take(slice(half, 2 * half)) if guided else None
 
     def _encode(self, tokens: list[list[int]]) -> Context:
         # At least one position, so that the shapes of prompted runs are alike even if every prompt is empty.

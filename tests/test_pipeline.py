@@ -185,7 +185,7 @@ def test_the_whole_sampling_loop_compiles_without_a_break(pipe, name):
     """Guided, with self-conditioning, lengths drawn, and noise handed in; fullgraph raises at any break."""
     solver = SCHEDULERS[name](noise_schedule=pipe.scheduler.config.noise_schedule)
     solver.set_timesteps(3)
-    contexts = pipe._contexts(["the cat", "a small dog"], None, 1)
+    contexts = pipe._contexts(["the cat", "a small dog"], None, 1, True)
     middle = float(solver.noise_schedule.gamma(0.5))
     predictor = Predictor(
         pipe.denoiser, contexts, [ClassifierFreeGuidance(2.0)], 0.7, pipe._kept_tokens(), torch.tensor([0.3, 0.6]),

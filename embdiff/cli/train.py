@@ -88,6 +88,8 @@ def run(options: dict[str, Any], config_file: Path | None, output: Path, resume:
     if isinstance(merged.get("max_time"), str):
         merged["max_time"] = seconds(merged["max_time"])
     merged |= options
+    if "data" not in merged and resume:
+        raise UserError(f"there is no run in {output} to resume: name DATA to start one")
     if "data" not in merged:
         raise UserError("no data is named: give DATA, for instance `embdiff train docstrings --output DIR`")
     config = TrainConfig(**merged)

@@ -35,7 +35,7 @@ def test_a_scale_that_is_not_finite_is_refused(scale):
 
 
 def contexts(pipe):
-    return pipe._contexts(["the cat .", "a dog"], None, 1)
+    return pipe._contexts(["the cat .", "a dog"], None, 1, True)
 
 
 def test_logit_guidance_by_hidden_states_equals_guidance_of_the_logits(pipe):
