@@ -1,22 +1,19 @@
-"""Text quality against steps for every solver, and the tuner's choice against DDIM over levels even in t.
+"""Text quality against steps for every solver.
 
     python benchmarks/solvers.py runs/e2e DATA --picture docs/solvers.svg
 
-MODEL is what e2e_text.py trained, DATA its folder. Samples of the same seeds are judged as there (5-gram cross-entropy,
-unigram entropy, length), and by the tuner's charge: that cross-entropy plus the one of real texts under a 3-gram of
-the samples. The tuner's choice is compared with DDIM at three temperatures: at its entropy, DDIM's cross-entropy is
-interpolated along them. Entropy grows with the number of samples, so real text is as many random lines.
+MODEL is what e2e_text.py trained, DATA its folder. Samples of the same seeds at temperature 0.76 are judged as there
+(5-gram cross-entropy, unigram entropy, length), and by the tuner's charge: that cross-entropy plus the one of real
+texts under a 3-gram of the samples. Entropy grows with the number of samples, so real text is as many random lines.
 """
 
 from __future__ import annotations
 
 import random
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
 import typer
 from common import write
 from e2e_text import judged
@@ -26,10 +23,10 @@ from embdiff.data import Example
 from embdiff.evaluation.ngram import NGram
 from embdiff.pipeline import load
 from embdiff.schedulers import SCHEDULERS
-from embdiff.tuning import Examiner, Trial, tune
+from embdiff.tuning import Examiner
 
 SAME = {"euler", "euler-a"}  # the same steps as ddim and ddpm
-TEMPERATURES = (0.5, 0.76, 1.0)
+TEMPERATURE = 0.76
 
 
 def main(
@@ -49,45 +46,16 @@ def main(
     examiner = Examiner(pipe, [Example(line) for line in train], [Example(line) for line in real], samples=samples)
     judge = NGram.fit(train, order=5, min_count=11)
     rows: list[dict[str, Any]] = []
-
-    @cache
-    def drawn(n: int, solver: str, options: tuple[tuple[str, Any], ...], power: float, temperature: float) -> Trial:
-        examiner.options = {"temperature": temperature}
-        texts = examiner.draw(examiner.scheduler(solver, dict(options), {n: power}), n)
-        trial = examiner.judged(texts, n, solver, dict(options), power)
-        rows.append({"steps": n, "solver": solver, **dict(options), "power": power, "temperature": temperature,
-                     "charge": round(trial.charge, 3), **judged(judge, texts)})  # fmt: skip
-        print(rows[-1], flush=True)
-        return trial
-
-    def examine(n: int, solver: str, options: dict[str, Any], power: float = 1.0) -> Trial:
-        return drawn(n, solver, tuple(options.items()), power, 0.76)
-
-    curves = {name: [examine(n, name, {}).charge for n in steps] for name in SCHEDULERS if name not in SAME}
-    for n in steps:
-        for temperature in TEMPERATURES:
-            drawn(n, "ddim", (), 1.0, temperature)
-    chosen = [compared(rows, tune(examine, [n])[n]) for n in steps]
-    write(results, {"samples": samples, "real": judged(judge, real), "tuned": chosen, "rows": rows})
+    curves: dict[str, list[float]] = {}
+    for name in (name for name in SCHEDULERS if name not in SAME):
+        for n in steps:
+            texts = examiner.draw(examiner.scheduler(name, {}, {}), n, TEMPERATURE)
+            charge = round(sum(examiner.charged(texts)), 3)
+            rows.append({"steps": n, "solver": name, "charge": charge, **judged(judge, texts)})
+            print(rows[-1], flush=True)
+            curves.setdefault(name, []).append(charge)
+    write(results, {"samples": samples, "real": judged(judge, real), "rows": rows})
     draw_curves(picture, steps, curves)
-
-
-def compared(rows: list[dict[str, Any]], best: Trial) -> dict[str, Any]:
-    """The tuner's choice, and DDIM at its entropy."""
-
-    def row(solver: str, power: float, temperature: float, **options: Any) -> dict[str, Any]:
-        wanted = {"steps": best.steps, "solver": solver, "power": power, "temperature": temperature, **options}
-        return next(row for row in rows if wanted.items() <= row.items())
-
-    own = row(best.solver, best.power, 0.76, **best.options)
-    ddim = [row("ddim", 1.0, temperature) for temperature in TEMPERATURES]
-    entropy = [point["unigram_entropy"] for point in ddim]
-    equal = float(np.interp(own["unigram_entropy"], entropy, [point["cross_entropy"] for point in ddim]))
-    return own | {
-        "ddim_at_equal_entropy": round(equal, 4),
-        "better_by": round(equal - own["cross_entropy"], 4),
-        "better_than_ddim_at_temperature_1_by": round(ddim[-1]["cross_entropy"] - own["cross_entropy"], 4),
-    }
 
 
 def draw_curves(picture: Path, steps: list[int], curves: dict[str, list[float]]) -> None:

@@ -50,6 +50,7 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
             one to `pipe.scheduler` at any time.
         fitted_schedule: config of the noise schedule that training fitted, by default the scheduler's. It decides where
             lengths are drawn, whatever scheduler is assigned, and is saved with the pipeline.
+        temperature: what a call takes where it names none; `embdiff tune-steps` changes it.
     """
 
     denoiser: Denoiser
@@ -65,6 +66,7 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         tokenizer: PreTrainedTokenizerBase,
         scheduler: Any,
         fitted_schedule: Mapping[str, Any] | None = None,
+        temperature: float = 0.76,
     ) -> None:
         super().__init__()
         self.register_modules(denoiser=denoiser, tokenizer=tokenizer, scheduler=scheduler)
@@ -74,7 +76,7 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
                 if isinstance(scheduler, EmbeddingScheduler)
                 else GumbelSchedule.initial(denoiser.dim, len(tokenizer))
             ).config()
-        self.register_to_config(fitted_schedule=dict(fitted_schedule))
+        self.register_to_config(fitted_schedule=dict(fitted_schedule), temperature=temperature)
 
     @torch.no_grad()
     def __call__(
@@ -85,7 +87,7 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         num_inference_steps: int = 32,
         guidance_scale: float = 1.0,
         guidance: Sequence[Guidance] = (),
-        temperature: float = 0.76,
+        temperature: float | None = None,
         draw_length: bool = True,
         length_bias: float = 1.0,
         max_length: int | None = None,
@@ -103,9 +105,9 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
             num_inference_steps: N >= 1, denoiser evaluations.
             guidance_scale: classifier-free guidance u + s (c - u); 1 = off, and needs a prompt to act.
             guidance: further modules.
-            temperature: of the words in the token posterior, at least 0.001; 1 samples the model as it is, less is more
-                fluent and less diverse. The probabilities of end-of-text and padding stay as they are, so that texts do
-                not shrink.
+            temperature: of the words in the token posterior, at least 0.001, None = the pipeline's own; 1 samples the
+                model as it is, less is more fluent and less diverse. The probabilities of end-of-text and padding stay
+                as they are, so that texts do not shrink.
             draw_length: while noise is high (t > 0.8) each sample's length is drawn: with one number u in (0, 1) a
                 sample, a position is padding, or the end of text, where u lies in the posterior's share of it, so
                 lengths are distributed as the model has them. False mixes embeddings by probability there too.
@@ -132,6 +134,7 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         length = self._length(max_length)
         if not isinstance(num_samples, int) or num_samples < 1:
             raise UserError(f"num_samples {num_samples}: ask for a whole number, at least 1")
+        temperature = float(self.config.temperature) if temperature is None else temperature
         if not 1e-3 <= temperature < math.inf:
             raise UserError(f"temperature {temperature} is out of range: give 0.001 or more, 1 is neutral")
         if not -50 <= length_bias <= 50:

@@ -1,12 +1,12 @@
-"""Sampling fitted to a model: the solver, its noise and its levels with which a few steps write best.
+"""Sampling fitted to a model: the solver, its noise, its levels and the temperature with which a few steps write best.
 
 What a text is worth is asked of texts: each candidate draws the same seeds, and is charged
 
     H(samples, real) + H(real, samples)   nats a word,                                                  (4)
 
 the cross-entropy of the samples under a 5-gram of real texts, and of real texts under a 3-gram of the samples. The
-first punishes texts that nobody writes, the second what real texts hold and the samples lack. First come the solvers
-over even levels, then other levels t_k = (1 - k / N)^p for the best of them.
+first punishes texts that nobody writes, the second what real texts hold and the samples lack. First come all solvers at
+all temperatures over even levels, then other levels t_k = (1 - k / N)^p for the best of them.
 
 The bound (Kingma et al. 2021, arXiv:2107.00630, equation 13) is no guide here: the levels that lose the least of it, a
 shortest path (Watson et al. 2021, arXiv:2106.03802), crowd where embeddings are already certain, and write worse.
@@ -14,7 +14,8 @@ shortest path (Watson et al. 2021, arXiv:2106.03802), crowd where embeddings are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -29,9 +30,11 @@ if TYPE_CHECKING:
     from embdiff.pipeline import TextDiffusionPipeline
 
 SOLVERS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("ddim", {}), ("dpm++", {}), ("unipc", {}), ("ddpm", {}), ("renoise", {"fresh": 0.5}), ("renoise", {"fresh": 1.0}),
+    ("ddim", {}), ("ddpm", {}), ("renoise", {}), ("unipc", {}), ("dpm++3m-sde", {"eta": 0.5}),
+    ("dpm++3m-sde", {"eta": 1.0}),
 )  # fmt: skip
-POWERS = (0.7, 0.85, 1.2, 1.4)
+TEMPERATURES = (0.5, 0.76)
+POWERS = (0.8, 1.2, 1.5)
 BATCH = 48
 
 
@@ -41,6 +44,7 @@ class Trial(NamedTuple):
     steps: int
     solver: str
     options: dict[str, Any]
+    temperature: float
     power: float
     fluency: float
     coverage: float
@@ -56,7 +60,7 @@ class Examiner:
 
     Args:
         train: texts for the judge. valid: real texts, and the prompts of the samples where there are prompts.
-        samples: texts to draw for each candidate. options: of the pipeline's call (temperature, guidance_scale, ..).
+        samples: texts to draw for each candidate. options: of the pipeline's call (guidance_scale, ..).
     """
 
     def __init__(
@@ -78,17 +82,18 @@ class Examiner:
         prompts = [example.prompt for example in valid] if pipe.denoiser.config.max_prompt_length else []
         self.prompts = [prompts[i % len(prompts)] if prompts else None for i in range(samples)]
 
-    def __call__(self, steps: int, solver: str, options: dict[str, Any], power: float = 1.0) -> Trial:
+    def __call__(
+        self, steps: int, solver: str, options: dict[str, Any], temperature: float, power: float = 1.0
+    ) -> Trial:
         """One candidate."""
-        return self.judged(
-            self.draw(self.scheduler(solver, options, {steps: power}), steps), steps, solver, options, power
-        )
+        texts = self.draw(self.scheduler(solver, options, {steps: power}), steps, temperature)
+        return Trial(steps, solver, options, temperature, power, *self.charged(texts))
 
-    def judged(self, texts: Sequence[str], steps: int, solver: str, options: dict[str, Any], power: float) -> Trial:
-        """The trial of a candidate that drew `texts`."""
-        texts = [self._known(text) for text in texts]
-        coverage = NGram.fit(texts, order=3, vocabulary=self.judge.vocabulary).cross_entropy(self.real)
-        return Trial(steps, solver, options, power, self.judge.cross_entropy(texts), coverage)
+    def charged(self, texts: Sequence[str]) -> tuple[float, float]:
+        """The two parts of (4)."""
+        known = [self._known(text) for text in texts]
+        coverage = NGram.fit(known, order=3, vocabulary=self.judge.vocabulary).cross_entropy(self.real)
+        return self.judge.cross_entropy(known), coverage
 
     def scheduler(self, solver: str, options: dict[str, Any], powers: dict[int, float]) -> EmbeddingScheduler:
         """The solver over the trained noise schedule, with levels t_k = (1 - k / N)^p for each N in `powers`."""
@@ -98,7 +103,14 @@ class Examiner:
         changed: EmbeddingScheduler = SCHEDULERS[solver].from_config(self.trained.config, levels=levels, **options)
         return changed
 
-    def draw(self, scheduler: EmbeddingScheduler, steps: int) -> list[str]:
+    def with_seeds(self, seed: int, samples: int) -> Examiner:
+        """The same, with other samples."""
+        other = copy.copy(self)
+        other.seed, other.samples = seed, samples
+        other.prompts = [self.prompts[i % len(self.prompts)] for i in range(samples)]
+        return other
+
+    def draw(self, scheduler: EmbeddingScheduler, steps: int, temperature: float) -> list[str]:
         """The texts of seeds `seed`, `seed + 1`, ..."""
         texts = list[str]()
         self.pipe.scheduler = scheduler
@@ -106,7 +118,9 @@ class Examiner:
             prompts: Any = self.prompts[start : start + BATCH]
             seeds = range(self.seed + start, self.seed + start + len(prompts))
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-            out: Any = self.pipe(prompts, num_inference_steps=steps, generator=generators, **self.options)
+            out: Any = self.pipe(
+                prompts, num_inference_steps=steps, temperature=temperature, generator=generators, **self.options
+            )
             texts += out.texts
         self.pipe.scheduler = self.trained
         return texts
@@ -118,18 +132,19 @@ class Examiner:
 def tune(
     examiner: Callable[..., Trial], steps: Sequence[int], report: Callable[[Trial], None] = lambda trial: None
 ) -> dict[int, Trial]:
-    """The best trial for each number of steps; all of one solver, the best over all of `steps`."""
+    """The best trial for each number of steps; all of one solver at one temperature, the best over all of `steps`."""
 
-    def tried(solver: str, options: dict[str, Any], power: float = 1.0) -> Iterator[Trial]:
+    def tried(*candidate: Any) -> list[Trial]:
+        trials = []
         for n in steps:
-            trial = examiner(n, solver, options, power)
-            report(trial)
-            yield trial
+            trials.append(examiner(n, *candidate))
+            report(trials[-1])
+        return trials
 
-    solvers = [list(tried(*candidate)) for candidate in SOLVERS]
-    best = {trial.steps: trial for trial in min(solvers, key=lambda trials: sum(trial.charge for trial in trials))}
-    chosen = best[steps[0]]
-    for power in POWERS:
-        for trial in tried(chosen.solver, chosen.options, power):
-            best[trial.steps] = min(best[trial.steps], trial, key=lambda trial: trial.charge)
-    return best
+    even = [tried(*solver, temperature) for solver in SOLVERS for temperature in TEMPERATURES]
+    chosen = min(even, key=lambda trials: sum(trial.charge for trial in trials))
+    _, solver, options, temperature, *_ = chosen[0]
+    others = [tried(solver, options, temperature, power) for power in POWERS]
+    return {
+        trials[0].steps: min(trials, key=lambda trial: trial.charge) for trials in zip(chosen, *others, strict=True)
+    }

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from embdiff import tuning
 from embdiff.data import Example
 from embdiff.errors import UserError
-from embdiff.tuning import POWERS, SOLVERS, Examiner, Trial, tune
+from embdiff.tuning import POWERS, SOLVERS, TEMPERATURES, Examiner, Trial, tune
 from tests.conftest import sentences
 
 charges = st.floats(0.0, 5.0)
@@ -18,21 +18,21 @@ charges = st.floats(0.0, 5.0)
 def test_the_best_of_all_that_was_tried_is_chosen(steps, random):
     tried = []
 
-    def examiner(n, solver, options, power):
-        return Trial(n, solver, options, power, random.uniform(1, 3), random.uniform(1, 3))
+    def examiner(n, solver, options, temperature, power=1.0):
+        return Trial(n, solver, options, temperature, power, random.uniform(1, 3), random.uniform(1, 3))
+
+    def kind(trial):
+        return trial.solver, str(trial.options), trial.temperature
 
     best = tune(examiner, steps, tried.append)
-    assert len(tried) == len(steps) * (len(SOLVERS) + len(POWERS))
-    solver = {(trial.solver, str(trial.options)) for trial in best.values()}
-    assert len(solver) == 1
-    even = [trial for trial in tried if trial.power == 1.0]
+    assert len(tried) == len(steps) * (len(SOLVERS) * len(TEMPERATURES) + len(POWERS))
     sums = {}
-    for trial in even:
-        key = (trial.solver, str(trial.options))
-        sums[key] = sums.get(key, 0.0) + trial.charge
-    assert solver == {min(sums, key=sums.get)}
+    for trial in tried:
+        if trial.power == 1.0:
+            sums[kind(trial)] = sums.get(kind(trial), 0.0) + trial.charge
+    assert {kind(trial) for trial in best.values()} == {min(sums, key=sums.get)}
     for n, trial in best.items():
-        same = [t for t in tried if t.steps == n and (t.solver, str(t.options)) in solver]
+        same = [t for t in tried if t.steps == n and kind(t) == kind(trial)]
         assert trial.charge == min(t.charge for t in same)
 
 
@@ -46,8 +46,8 @@ def test_texts_are_charged_for_what_nobody_writes_and_for_what_they_lack(pipe):
     real, noise = sentences(60, 3), [" ".join(reversed(text.split())) for text in sentences(60, 3)]
     charges = {}
     for name, texts in {"real": real, "one": real[:1] * 60, "noise": noise}.items():
-        examiner.draw = lambda scheduler, steps, texts=texts: texts
-        charges[name] = examiner(4, "ddim", {})
+        examiner.draw = lambda scheduler, steps, temperature, texts=texts: texts
+        charges[name] = examiner(4, "ddim", {}, 1.0)
     assert charges["real"].charge < min(charges["one"].charge, charges["noise"].charge)
     assert charges["one"].coverage > charges["real"].coverage
     assert charges["noise"].fluency > charges["real"].fluency
@@ -55,11 +55,11 @@ def test_texts_are_charged_for_what_nobody_writes_and_for_what_they_lack(pipe):
 
 def test_a_trial_draws_the_same_texts_again_and_leaves_the_pipeline_as_it_was(pipe):
     before = pipe.scheduler
-    examiner = Examiner(pipe, examples(100, 1), examples(20, 2), samples=tuning.BATCH + 2, seed=5, temperature=0.9)
-    one, again = (examiner(2, "renoise", {"fresh": 0.5}, 0.7) for _ in range(2))
+    examiner = Examiner(pipe, examples(100, 1), examples(20, 2), samples=tuning.BATCH + 2, seed=5)
+    one, again = (examiner(2, "renoise", {"fresh": 0.5}, 0.9, 0.7) for _ in range(2))
     assert one == again
     assert pipe.scheduler is before
-    assert len(examiner.draw(before, 2)) == tuning.BATCH + 2
+    assert len(examiner.draw(before, 2, 0.9)) == tuning.BATCH + 2
 
 
 @given(st.sampled_from(SOLVERS), st.integers(1, 30), st.sampled_from((1.0, *POWERS)))

@@ -63,7 +63,9 @@ def sample(
         None, help="Noise levels even in another schedule's time: linear, cosine, sqrt, sigmoid, log-linear or karras."
     ),
     max_length: int | None = typer.Option(None, help="Tokens at most; by default what the model was trained for."),
-    temperature: float = typer.Option(0.76, help="Of the words in the token posterior; 1 = as the model is."),
+    temperature: float | None = typer.Option(
+        None, help="Of the words in the token posterior; 1 = as the model is; by default the model's own, mostly 0.76."
+    ),
     draw_length: bool = typer.Option(True, help="Draw each text's length from the model while noise is high."),
     length_bias: float = typer.Option(1.0, help="Nats against padding, which outweighs words; 0 = as the model is."),
     seed: int = typer.Option(0, help="Seed of the first sample; sample i has seed + i."),
@@ -139,7 +141,9 @@ def sample(
         write(records(done, len(jobs)), len(jobs), done, output, as_json)
 
 
-def check(num_samples: int, steps: int, cfg_scale: float, batch_size: int, temperature: float, seed: int) -> None:
+def check(
+    num_samples: int, steps: int, cfg_scale: float, batch_size: int, temperature: float | None, seed: int
+) -> None:
     """Refuses numbers out of range before anything is loaded."""
     for name, value in (("--num-samples", num_samples), ("--steps", steps), ("--batch-size", batch_size)):
         if value < 1:
@@ -147,7 +151,7 @@ def check(num_samples: int, steps: int, cfg_scale: float, batch_size: int, tempe
     check_seed(seed)
     if not math.isfinite(cfg_scale):
         raise UserError(f"--cfg-scale {cfg_scale} is not a finite number: 1 is off, 1.5 to 3 are usual")
-    if not (math.isfinite(temperature) and temperature > 0):
+    if temperature is not None and not (math.isfinite(temperature) and temperature > 0):
         raise UserError(f"--temperature {temperature} is out of range: give a number above 0")
 
 

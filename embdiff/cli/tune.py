@@ -21,13 +21,12 @@ def tune_steps(
     model: Path = typer.Argument(..., help="Folder that embdiff train wrote; its scheduler is changed."),
     steps: list[int] = typer.Option([8], help="Sampling steps to tune; give it several times."),
     samples: int = typer.Option(192, help="Texts to draw for each candidate."),
-    temperature: float = typer.Option(0.76, help="Of the samples, as you will draw them."),
     cfg_scale: float = typer.Option(1.0, help="Of the samples, as you will draw them."),
     data: str | None = typer.Option(None, help="Texts to judge by; by default the run's own data."),
     device: str = typer.Option("auto", help="cpu, cuda or auto."),
     seed: int = typer.Option(0, help="Seed of the first sample."),
 ) -> None:
-    """Find the solver, its noise and its levels with which MODEL writes best in a few steps, and save them with it.
+    """Find the solver, noise, levels and temperature with which MODEL writes best in a few steps; save them with it.
 
     [bold]embdiff tune-steps runs/docstrings --steps 8 --steps 16[/bold]
     """
@@ -45,25 +44,27 @@ def tune_steps(
     pipe.set_progress_bar_config(disable=True)
     texts = corpus(model, data)
     examiner = Examiner(
-        pipe, texts.train, some(texts.valid or texts.train, 500), samples=samples, seed=seed, temperature=temperature,
-        guidance_scale=cfg_scale,
-    )  # fmt: skip
-    typer.echo("steps  solver           power  fluency  coverage     sum   (nats a word, less is better)")
+        pipe, texts.train, some(texts.valid or texts.train, 500), samples=samples, seed=seed, guidance_scale=cfg_scale
+    )
+    typer.echo(
+        "steps  solver               temperature  power  fluency  coverage     sum   (nats a word, less is better)"
+    )
     best = tune(examiner, sorted(set(steps)), lambda trial: typer.echo(line(trial)))
     chosen = next(iter(best.values()))
     scheduler = examiner.scheduler(chosen.solver, chosen.options, {n: trial.power for n, trial in best.items()})
     save_folder(model / "scheduler", scheduler.save_pretrained)
-    name_scheduler(model / "model_index.json", scheduler)
+    note_in_index(model / "model_index.json", scheduler, chosen.temperature)
     typer.echo("best:")
     for trial in best.values():
         typer.echo(line(trial))
     typer.echo(f"saved in {model / 'scheduler'}; used by: embdiff sample {model} --steps {steps[-1]}")
 
 
-def name_scheduler(index: Path, scheduler: EmbeddingScheduler) -> None:
-    """Writes the scheduler's class into a pipeline's index, whole or not at all."""
+def note_in_index(index: Path, scheduler: EmbeddingScheduler, temperature: float) -> None:
+    """Writes the scheduler's class and the temperature into a pipeline's index, whole or not at all."""
     parts = json.loads(index.read_text())
     parts["scheduler"] = [type(scheduler).__module__, type(scheduler).__name__]
+    parts["temperature"] = temperature
     fresh = index.with_name(f".{index.name}.tmp")
     fresh.write_text(json.dumps(parts, indent=2) + "\n")
     fresh.replace(index)
@@ -73,7 +74,7 @@ def line(trial: Trial) -> str:
     """A row of the table."""
     name = " ".join([trial.solver, *(f"{key} {value:g}" for key, value in trial.options.items())])
     figures = f"{trial.power:5.2f}  {trial.fluency:7.3f}  {trial.coverage:8.3f}  {trial.charge:6.3f}"
-    return f"{trial.steps:5d}  {name:17s}{figures}"
+    return f"{trial.steps:5d}  {name:20s} {trial.temperature:11g}  {figures}"
 
 
 def some(examples: list[Example], count: int) -> list[Example]:

@@ -85,8 +85,8 @@ def to_diffusers(scheduler: EmbeddingScheduler, cls: type[Any] | None = None) ->
     eta = scheduler.config.get("eta", 0.0)
     if name == "ddim" and eta == 1.0:
         name = "ddpm"
-    elif eta:
-        raise UserError(f"eta {eta} is an argument of diffusers' step, not an option: take eta 0 or 1")
+    elif eta not in ((1.0,) if "sde" in name else (0.0,)):
+        raise UserError(f"eta {eta} is no option of diffusers: take the eta of the textbook, 0 or 1")
     for option in ("nodes", "levels"):
         if scheduler.config[option]:
             raise UserError(f"diffusers has no counterpart of {option}: convert a scheduler without them")

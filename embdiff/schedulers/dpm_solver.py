@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
+from diffusers.configuration_utils import register_to_config
+
+from embdiff.errors import UserError
 from embdiff.schedulers.base import EmbeddingScheduler
 from embdiff.schedulers.table import Level, Row
 
@@ -17,18 +22,19 @@ class DPMSolverScheduler(EmbeddingScheduler):
 
         z' = (sigma' / sigma) e^{-eta h} z + alpha' (1 - e^{-k}) x0 + .. + sigma' sqrt(1 - e^{-2 eta h}) eps.
 
-    eta = 0 is the probability-flow ODE (algorithm 2 of the paper), eta = 1 the reverse SDE. The first step has no
-    previous prediction and is of first order, the second at most of second.
+    eta = 0 is the probability-flow ODE (algorithm 2 of the paper), eta = 1 the reverse SDE; with eta between or above
+    the marginals are the same, with less or more noise to undo mistakes. The first step has no previous prediction and
+    is of first order, the second at most of second.
     """
 
     solver_order = 2
-    eta = 0.0
 
     def _rows(self, levels: list[Level]) -> list[Row]:
         rows, steps = list[Row](), list[float]()
+        eta = float(self.config.get("eta", 0.0))
         for now, to in pairwise(levels):
             steps.append(to.lam - now.lam)
-            h, eta = steps[-1], self.eta
+            h = steps[-1]
             past = [size / h for size in steps[-2::-1][: self.solver_order - 1]]
             b, c, d = (to.alpha * weight for weight in multistep_weights((1 + eta) * h, past))
             noise = to.sigma * math.sqrt(-math.expm1(-2 * eta * h))
@@ -43,16 +49,35 @@ class DPMSolver3Scheduler(DPMSolverScheduler):
 
 
 class DPMSolverSDEScheduler(DPMSolverScheduler):
-    """DPM-Solver++(2M) for the SDE."""
+    """DPM-Solver++(2M) for the SDE.
 
-    eta = 1.0
+    Args:
+        eta: how strong the noise is: 1 the reverse SDE, 0 none; at most 10.
+    """
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        noise_schedule: str | Mapping[str, Any] = "gumbel",
+        prediction_type: str = "sample",
+        nodes: str | Mapping[str, Any] | None = None,
+        levels: Mapping[str, Sequence[float]] | None = None,
+        trained_betas: Sequence[float] | None = None,
+        eta: float = 1.0,
+    ) -> None:
+        if not 0.0 <= eta <= 10.0:
+            raise UserError(f"eta {eta} is out of range: choose 0 (no noise) to 10, 1 is the reverse SDE")
+        super().__init__(
+            num_train_timesteps=num_train_timesteps, noise_schedule=noise_schedule, prediction_type=prediction_type,
+            nodes=nodes, levels=levels, trained_betas=trained_betas,
+        )  # fmt: skip
 
 
-class DPMSolver3SDEScheduler(DPMSolverScheduler):
+class DPMSolver3SDEScheduler(DPMSolverSDEScheduler):
     """DPM-Solver++(3M) for the SDE."""
 
     solver_order = 3
-    eta = 1.0
 
 
 def multistep_weights(k: float, past: list[float]) -> tuple[float, float, float]:

@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 from embdiff.cli import app
 from embdiff.errors import UserError
 from embdiff.pipeline import load
+from embdiff.tuning import POWERS, SOLVERS, TEMPERATURES
 from tests.conftest import sentences
 
 
@@ -27,13 +28,15 @@ def test_the_best_scheduler_is_saved_with_the_model_and_used(folder):
         [line for line in part.splitlines() if line.split()[:1] in (["3"], ["5"])]
         for part in result.output.split("best:")
     )
-    assert len(tried) == 20
+    assert len(tried) == 2 * (len(SOLVERS) * len(TEMPERATURES) + len(POWERS))
     assert len(best) == 2
     assert set(best) <= set(tried)
     config = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
     assert {n: len(levels) for n, levels in config["levels"].items()} == {"3": 3, "5": 5}
     assert json.loads((model / "model_index.json").read_text())["scheduler"][1] == config["_class_name"]
     pipe = load(str(model))
+    assert pipe.config.temperature in TEMPERATURES
+    assert f"{pipe.config.temperature:g}" in best[0]
     assert type(pipe.scheduler).__name__ == config["_class_name"]
     pipe.set_progress_bar_config(disable=True)
     pipe(num_inference_steps=5)

@@ -213,6 +213,13 @@ def test_ddim_is_the_algorithm_at_every_eta(noise, steps, seed, eta):
     assert np.allclose(problem.ours(), ddim(problem, eta), rtol=1e-7, atol=1e-8)
 
 
+@given(noises, st.integers(1, 12), st.integers(0, 99), st.floats(0, 3))
+def test_dpm_solver_sde_is_the_algorithm_at_every_eta(noise, steps, seed, eta):
+    for name, textbook in (("dpm++sde", dpm_solver), ("dpm++3m-sde", dpm_solver_3)):
+        problem = Problem(name, noise, steps, seed, eta=eta)
+        assert np.allclose(problem.ours(), textbook(problem, eta), rtol=1e-6, atol=1e-7)
+
+
 @given(noises, st.integers(1, 12), st.integers(0, 99), st.floats(0, 1))
 def test_renoise_is_the_algorithm_at_every_share_of_fresh_noise(noise, steps, seed, fresh):
     problem = Problem("renoise", noise, steps, seed, fresh=fresh)
