@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import matplotlib
@@ -69,6 +70,8 @@ def draw_curves(picture: Path, steps: list[int], curves: dict[str, list[float]])
         axes.plot(steps, charges, style, marker="o", markersize=3, label=name)
     axes.set(xscale="log", xlabel="steps", ylabel="nats a word, both ways: less is better", xticks=steps)
     axes.set_xticks(steps, [str(n) for n in steps])
+    axes.minorticks_off()
+    axes.set_ylim(top=1.08 * median(charges[0] for charges in curves.values()))  # the worst leave the picture
     axes.legend(fontsize=7, ncols=2)
     figure.savefig(picture, metadata={"Date": None})
 
