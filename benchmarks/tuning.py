@@ -23,7 +23,7 @@ from embdiff.evaluation.ngram import NGram
 from embdiff.pipeline import load
 from embdiff.tuning import Examiner, Trial, tune
 
-TEMPERATURES = (0.5, 0.6, 0.76, 1.0)
+TEMPERATURES = (0.4, 0.5, 0.6, 0.76, 1.0)
 
 
 def main(
