@@ -19,11 +19,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 
 from embdiff.data import Example
 from embdiff.errors import UserError
 from embdiff.evaluation.ngram import NGram
+from embdiff.evaluation.samples import draw
 from embdiff.schedulers import SCHEDULERS, EmbeddingScheduler
 
 if TYPE_CHECKING:
@@ -112,18 +112,12 @@ class Examiner:
 
     def draw(self, scheduler: EmbeddingScheduler, steps: int, temperature: float) -> list[str]:
         """The texts of seeds `seed`, `seed + 1`, ..."""
-        texts = list[str]()
         self.pipe.scheduler = scheduler
-        for start in range(0, self.samples, BATCH):
-            prompts: Any = self.prompts[start : start + BATCH]
-            seeds = range(self.seed + start, self.seed + start + len(prompts))
-            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-            out: Any = self.pipe(
-                prompts, num_inference_steps=steps, temperature=temperature, generator=generators, **self.options
-            )
-            texts += out.texts
-        self.pipe.scheduler = self.trained
-        return texts
+        try:
+            options = {"num_inference_steps": steps, "temperature": temperature, **self.options}
+            return draw(self.pipe, self.prompts, seed=self.seed, batch_size=BATCH, **options)
+        finally:
+            self.pipe.scheduler = self.trained
 
     def _known(self, text: str) -> str:
         return " ".join(word if word in self.judge.vocabulary else "<unk>" for word in text.split())

@@ -6,6 +6,8 @@ import sys
 
 import typer
 
+from embdiff.cli.evaluate import evaluate
+from embdiff.cli.frontier import frontier
 from embdiff.cli.quickstart import quickstart
 from embdiff.cli.sample import sample
 from embdiff.cli.train import train
@@ -22,6 +24,8 @@ app = typer.Typer(
 app.command()(quickstart)
 app.command()(train)
 app.command()(sample)
+app.command(name="eval")(evaluate)
+app.command()(frontier)
 app.command()(tune_steps)
 
 

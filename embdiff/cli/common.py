@@ -16,8 +16,11 @@ from embdiff.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+    from embdiff.config import TrainConfig
+    from embdiff.data import Corpus, Example
     from embdiff.pipeline import TextDiffusionPipeline
 
+SOLVERS = "ddim, ddpm, renoise, euler, euler-a, heun, churn, dpm++, dpm++3m, dpm++sde, dpm++3m-sde or unipc"
 UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
@@ -102,6 +105,58 @@ def load_pipeline(model: str, device_name: str = "cpu", dtype_name: str = "fp32"
     pipe.to(chosen, dtype(dtype_name, chosen))
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def set_scheduler(pipe: TextDiffusionPipeline, solver: str | None, noise_schedule: str | None = None) -> None:
+    """Another solver, and levels even in another schedule's time, over the noise schedule that the model has."""
+    from embdiff.schedulers import EmbeddingScheduler, scheduler_class
+
+    if solver is None and noise_schedule is None:
+        return
+    cls = type(pipe.scheduler) if solver is None else scheduler_class(solver)
+    if noise_schedule is not None and not issubclass(cls, EmbeddingScheduler):
+        raise UserError(f"--noise-schedule is for embdiff's schedulers, the model has {cls.__name__}: --scheduler too")
+    nodes = {} if noise_schedule is None else {"nodes": noise_schedule}
+    pipe.scheduler = cls.from_config(pipe.scheduler.config, **nodes)
+
+
+def run_config(model: str | Path) -> TrainConfig | None:
+    """The options that a run was started with; None for a model without them."""
+    from embdiff.config import TrainConfig, read_config
+
+    run = Path(model) / "run.yaml"
+    return TrainConfig(**read_config(run)) if run.exists() else None
+
+
+def run_corpus(model: str | Path, progress: bool = True) -> Corpus:
+    """What a run was trained and validated with."""
+    from embdiff.data import load_corpus
+
+    config = run_config(model)
+    if config is None:
+        raise UserError(f"{model} does not say what it was trained on: name texts with --data")
+    return load_corpus(
+        config.data,
+        text_column=config.text_column,
+        prompt_column=config.prompt_column,
+        separator=config.separator,
+        validation=config.validation,
+        valid_share=config.valid_share,
+        limit=config.limit,
+        progress=progress,
+    )
+
+
+def like_run(model: str | Path, data: str) -> list[Example]:
+    """The examples of another source, read as the run read its own."""
+    from embdiff.data import read_examples
+
+    config = run_config(model)
+    if config is None:
+        return read_examples(data)
+    if data.endswith(".txt"):
+        return read_examples(data, separator=config.separator)
+    return read_examples(data, text_column=config.text_column, prompt_column=config.prompt_column)
 
 
 def read_prompts(path: str) -> list[str]:

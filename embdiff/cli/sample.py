@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from embdiff.cli.common import check_seed, load_pipeline, quiet, read_prompts
+from embdiff.cli.common import SOLVERS, check_seed, load_pipeline, quiet, read_prompts, set_scheduler
 from embdiff.data import has_lone_surrogate
 from embdiff.errors import UserError
 
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from embdiff.pipeline import TextDiffusionPipeline
-
-
-SOLVERS = "ddim, ddpm, renoise, euler, euler-a, heun, churn, dpm++, dpm++3m, dpm++sde, dpm++3m-sde or unipc"
 
 
 @dataclass(frozen=True)
@@ -101,16 +98,8 @@ def sample(
     quiet()
     pipe = load_pipeline(model, device, dtype)
     from embdiff.guidance import ClassifierFreeGuidance
-    from embdiff.schedulers import EmbeddingScheduler, scheduler_class
 
-    if scheduler is not None or noise_schedule is not None:
-        cls = type(pipe.scheduler) if scheduler is None else scheduler_class(scheduler)
-        if noise_schedule is not None and not issubclass(cls, EmbeddingScheduler):
-            raise UserError(
-                f"--noise-schedule is for embdiff's schedulers, the model has {cls.__name__}: --scheduler too"
-            )
-        nodes = {} if noise_schedule is None else {"nodes": noise_schedule}
-        pipe.scheduler = cls.from_config(pipe.scheduler.config, **nodes)
+    set_scheduler(pipe, scheduler, noise_schedule)
     warn_of_long_prompts(pipe, [p for p in sources if p])
     options: dict[str, Any] = {
         "num_inference_steps": steps,

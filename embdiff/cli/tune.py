@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from embdiff.cli.common import load_pipeline, quiet
+from embdiff.cli.common import like_run, load_pipeline, quiet, run_corpus
 from embdiff.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def tune_steps(
 
     pipe = load_pipeline(str(model), device)
     pipe.set_progress_bar_config(disable=True)
-    texts = corpus(model, data)
+    texts = run_corpus(model) if data is None else halves(like_run(model, data))
     examiner = Examiner(
         pipe, texts.train, some(texts.valid or texts.train, 500), samples=samples, seed=seed, guidance_scale=cfg_scale
     )
@@ -84,23 +84,9 @@ def some(examples: list[Example], count: int) -> list[Example]:
     return [examples[i] for i in spread(len(examples), count)]
 
 
-def corpus(model: Path, data: str | None) -> Corpus:
-    """The texts of `data`, or those the model was trained on, with the columns of its run."""
-    from embdiff.config import TrainConfig, read_config
-    from embdiff.data import load_corpus
+def halves(examples: list[Example]) -> Corpus:
+    """Most of the examples for the judge, the rest to be judged."""
+    from embdiff.data import Corpus, split
 
-    run = model / "run.yaml"
-    if data is None and not run.exists():
-        raise UserError(f"{model} does not say what it was trained on: name texts with --data")
-    config = TrainConfig(**(read_config(run) if run.exists() else {}))
-    if data is not None:
-        return load_corpus(data, separator=config.separator if Path(data).suffix == ".txt" else None, valid_share=0.2)
-    return load_corpus(
-        config.data,
-        text_column=config.text_column,
-        prompt_column=config.prompt_column,
-        separator=config.separator,
-        validation=config.validation,
-        valid_share=config.valid_share,
-        limit=config.limit,
-    )
+    train, valid, notes = split(examples, 0.2)
+    return Corpus(train, valid, notes)

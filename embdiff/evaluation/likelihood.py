@@ -102,14 +102,14 @@ def flow_nats(
     """An unbiased estimate of an upper bound on -log p(target | context) of each example, [B], in nats.
 
     The flow dz/dgamma = alpha (alpha z - x0(z, gamma)) / 2 (Song et al. 2021, arXiv:2011.13456, equation 13, in gamma)
-    carries the data's density to N(0, I), so the model's density p(z_g0) follows from the divergence along the way (their
-    equation 39), which Rademacher probes estimate (equation 40). Texts are points, so
+    carries the data's density to N(0, I), so the model's density p(z_g0) follows from the divergence along the way
+    (their equation 39), which Rademacher probes estimate (equation 40). Texts are points, so
 
         -log p(x) <= E_q(z_g0 | x) [ log q(z_g0 | x) - log p(z_g0) - log p(x | z_g0) ].
 
     This needs the divergence of the field that is followed: with `self_condition` x0 is the second of two passes, both
-    functions of z, and both are differentiated. An x0 that came from elsewhere, taken as a constant, would give a number
-    that bounds nothing. The integral is by Runge and Kutta's fourth order over `steps` even steps in gamma.
+    functions of z, and both are differentiated. An x0 that came from elsewhere, taken as a constant, would give a
+    number that bounds nothing. The integral is by Runge and Kutta's fourth order over `steps` even steps in gamma.
     """
     if batch.known is not None:
         raise UserError("the flow bound is for whole texts: leave known positions out")

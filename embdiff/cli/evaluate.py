@@ -1,0 +1,202 @@
+"""embdiff eval"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from embdiff.cli.common import (
+    SOLVERS,
+    check_seed,
+    like_run,
+    load_pipeline,
+    quiet,
+    run_config,
+    run_corpus,
+    set_scheduler,
+)
+from embdiff.errors import UserError
+
+if TYPE_CHECKING:
+    from embdiff.data import Example
+    from embdiff.evaluation.judges import Judge
+    from embdiff.pipeline import TextDiffusionPipeline
+
+Advance = Callable[[str, int, int], None]
+
+
+def evaluate(
+    model: str = typer.Argument(..., help="Folder that embdiff train wrote, or a name on the hub."),
+    data: str | None = typer.Option(
+        None, help="Held-out texts, read like the training data; by default the run's own."
+    ),
+    judge: list[str] = typer.Option(
+        ["5-gram"], help="N-gram, a run of train --objective autoregressive, or a transformers folder; several times."
+    ),
+    judge_data: str | None = typer.Option(
+        None, help="Real texts for N-gram judges; by default the run's training data."
+    ),
+    references: Path | None = typer.Option(None, help="A jsonl or csv of prompt and text: the references of prompts."),
+    mbr: int = typer.Option(0, help="Also choose the best of so many candidates a prompt, by minimum Bayes risk."),
+    samples: int = typer.Option(1000, "--samples", "-n", help="Texts to draw, at most one a prompt; 0 = none."),
+    steps: int = typer.Option(32, help="Denoising steps."),
+    scheduler: str | None = typer.Option(None, help=f"{SOLVERS}; by default the model's own."),
+    temperature: float | None = typer.Option(None, help="As in embdiff sample; by default the model's own."),
+    length_bias: float = typer.Option(1.0, help="As in embdiff sample."),
+    cfg_scale: float = typer.Option(1.0, help="Classifier-free guidance; 1 = off."),
+    cfg_space: str = typer.Option("x0", help="Where guidance combines predictions: x0 or logits."),
+    bound: int | None = typer.Option(None, help="Texts for the variational bound; 0 = none; by default all."),
+    flow: int = typer.Option(0, help="Texts for the probability flow's bound, which is slow; 0 = none."),
+    seed: int = typer.Option(0, help="Of the first sample and of the noise in likelihoods."),
+    batch_size: int = typer.Option(50, help="Texts at a time; samples do not depend on it."),
+    device: str = typer.Option("auto", help="cpu, cuda or auto."),
+    dtype: str = typer.Option("fp32", help="fp32, bf16, or auto; likelihoods deserve fp32."),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON in place of tables."),
+    output: Path | None = typer.Option(None, "--output", "-o", help="Also write the JSON, with all samples, here."),
+    overwrite: bool = typer.Option(False, help="Replace --output."),
+) -> None:
+    """Judge MODEL: likelihood of held-out texts, samples beside real texts, references where there are prompts.
+
+    [bold]embdiff eval runs/mine --data test.txt --steps 16 --output eval.json[/bold]
+    """
+    check_seed(seed)
+    check_output(output, overwrite)
+    quiet()
+    from embdiff.evaluation import report
+    from embdiff.guidance import ClassifierFreeGuidance
+
+    options: dict[str, Any] = {"temperature": temperature, "length_bias": length_bias}
+    options["guidance"] = [ClassifierFreeGuidance(cfg_scale, cfg_space)]
+    protocol = report.Protocol(samples, steps, seed, batch_size, mbr, bound, flow_texts=flow, options=options)
+    pipe = load_pipeline(model, device, dtype)
+    set_scheduler(pipe, scheduler)
+    valid, train = real_texts(model, data, judge_data)
+    answers = None if references is None else read_references(model, references)
+    judges = named_judges(judge, pipe, train) if samples else []
+    with shown() as advance:
+        figures = report.evaluate(pipe, valid, judges, protocol, train=train, references=answers, advance=advance)
+    figures = {"model": model, "data": data or "the run's validation texts", **figures}
+    if output is not None:
+        output.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    figures.pop("texts", None)
+    if as_json:
+        print(json.dumps(figures, ensure_ascii=False))
+    else:
+        show(figures)
+
+
+def check_output(output: Path | None, overwrite: bool) -> None:
+    """Refuses to replace a file unasked, or to write where nothing can be, before anything is loaded."""
+    if output is not None and output.exists() and not overwrite:
+        raise UserError(f"{output} exists: use --overwrite to replace it, or another name")
+    if output is not None and not output.parent.is_dir():
+        raise UserError(f"there is no folder {output.parent} for {output.name}: make it first")
+
+
+def real_texts(model: str, data: str | None, judge_data: str | None) -> tuple[list[Example], list[str]]:
+    """Held-out examples, and training texts: those of the run where no others are named, none where there is no run."""
+    own = None
+    if data is None or (judge_data is None and run_config(model) is not None):
+        own = run_corpus(model, progress=False)
+    valid = like_run(model, data) if data is not None else own.valid if own is not None else []
+    if judge_data is not None:
+        return valid, [example.text for example in like_run(model, judge_data)]
+    train = [example.text for example in own.train] if own is not None else []
+    seen = set(train)
+    again = sum(example.text in seen for example in valid)
+    if again:
+        print(f"{again} of {len(valid)} texts are in the training data too", file=sys.stderr)
+    return valid, train
+
+
+def read_references(model: str, path: Path) -> dict[str, list[str]]:
+    """The texts for each prompt of a file."""
+    found: dict[str, list[str]] = {}
+    for example in like_run(model, str(path)):
+        if example.prompt is None:
+            raise UserError(f"{path} has texts without prompts: references are pairs of prompt and text")
+        found.setdefault(example.prompt, []).append(example.text)
+    return found
+
+
+def named_judges(specs: list[str], pipe: TextDiffusionPipeline, train: list[str]) -> list[Judge]:
+    """The judges; n-grams are fitted to real texts as the model could have written them."""
+    from embdiff.evaluation.judges import judge_of
+    from embdiff.evaluation.samples import as_written
+
+    if not train and any(spec.endswith("-gram") for spec in specs):
+        raise UserError("an n-gram judge needs real texts, and the model has no run beside it: name --judge-data")
+    known = as_written(pipe.tokenizer, train)
+    judges = [judge_of(spec, known, pipe.device) for spec in specs]
+    names = [judge.name for judge in judges]
+    if len(set(names)) < len(names):
+        raise UserError(f"two judges are called {max(names, key=names.count)}: give each judge once")
+    return judges
+
+
+@contextmanager
+def shown() -> Iterator[Advance]:
+    """Progress bars on stderr, one for each thing that is done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    tasks: dict[str, Any] = {}
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+
+        def advance(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=total)
+            progress.update(tasks[what], completed=done)
+
+        yield advance
+
+
+def show(figures: dict[str, Any]) -> None:
+    """The figures as tables."""
+    from rich.console import Console
+
+    console = Console()
+    for table in tables(figures):
+        console.print(table)
+
+
+def tables(figures: dict[str, Any]) -> Iterator[Any]:
+    """Likelihoods; samples beside real texts; references."""
+    from rich.table import Table
+
+    if figures["likelihood"]:
+        table = Table("nats per token, upper bound", "", "+- (texts)", "+- (noise)", "texts", title="likelihood")
+        for name, found in figures["likelihood"].items():
+            errors = (f"{found[error]:.4f}" for error in ("standard_error", "noise_error"))
+            table.add_row(name, f"{found['nats_per_token']:.4f}", *errors, str(found["texts"]))
+        yield table
+    if "samples" in figures:
+        table = Table("", "samples", "real texts", title="texts")
+        samples, real = (flat(figures[column]) for column in ("samples", "real"))
+        for name, value in samples.items():
+            table.add_row(name, *("-" if v is None else f"{v:g}" for v in (value, real.get(name))))
+        yield table
+    if "conditional" in figures:
+        first = next(iter(figures["conditional"].values()))
+        table = Table("", *first, title="references")
+        for name, found in figures["conditional"].items():
+            table.add_row(name, *(f"{value:g}" for value in found.values()))
+        yield table
+
+
+def flat(figures: dict[str, Any]) -> dict[str, float | None]:
+    """Figures in figures as one level, each under its own and its parent's name."""
+    rows: dict[str, float | None] = {}
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            rows |= {f"{name}, {inner}".replace("_", " "): number for inner, number in value.items()}
+        else:
+            rows[name.replace("_", " ")] = value
+    return rows

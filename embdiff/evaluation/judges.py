@@ -1,0 +1,133 @@
+"""Judges: language models that say how likely texts are.
+
+A judge scores text, never ids, so that it may have any tokenizer: it gives the nats of a whole text with its end, and a
+mean is over words and ends. Judges with different tokenizers are so on one scale, and none sees a prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from embdiff.errors import UserError
+from embdiff.evaluation.ngram import NGram
+
+if TYPE_CHECKING:
+    from embdiff.baselines import AutoregressiveModel
+
+BATCH = 32
+
+
+class Judge(Protocol):
+    """name: as results show it. nats: -log p of each text and its end, [N]."""
+
+    name: str
+
+    def nats(self, texts: Sequence[str]) -> NDArray[np.float64]:
+        """-log p of each text and its end, [N]."""
+
+
+def cross_entropy(judge: Judge, texts: Sequence[str]) -> float:
+    """Nats per word and end of text. Raises UserError for no texts."""
+    if not texts:
+        raise UserError("no texts: a mean needs at least one; pass the texts to score")
+    return float(judge.nats(texts).sum() / sum(len(text.split()) + 1 for text in texts))
+
+
+class NGramJudge:
+    """An interpolated Kneser-Ney n-gram of real texts; words that it hasn't seen `min_count` times are `<unk>`."""
+
+    def __init__(self, texts: Sequence[str], order: int = 5, min_count: int = 2) -> None:
+        self.model = NGram.fit(texts, order=order, min_count=min_count)
+        self.name = f"{order}-gram"
+
+    def nats(self, texts: Sequence[str]) -> NDArray[np.float64]:
+        """-log p of each text and its end, [N]."""
+        return np.array([-self.model.logprob(text).sum() for text in texts])
+
+
+class AutoregressiveJudge:
+    """A model of `embdiff train --objective autoregressive`."""
+
+    def __init__(self, model: AutoregressiveModel, tokenizer: Any, name: str = "autoregressive") -> None:
+        self.model, self.tokenizer, self.name = model, tokenizer, name
+
+    def nats(self, texts: Sequence[str]) -> NDArray[np.float64]:
+        """-log p of each text and its end, [N]; of what exceeds the model's length, nothing can be said."""
+        from embdiff.batches import encode
+        from embdiff.data import Example
+
+        longest = int(self.model.config.max_length)
+        encoded = encode([Example(text) for text in texts], self.tokenizer, longest)
+        if encoded.truncated:
+            raise UserError(
+                f"{encoded.truncated} texts are longer than the {longest} tokens of the judge {self.name}: "
+                "train it with a larger --max-length"
+            )
+        parts = []
+        with torch.no_grad():
+            for start in range(0, len(encoded), BATCH):
+                batch = encoded.batch(range(start, min(start + BATCH, len(encoded)))).to(self.model.device)
+                parts.append(-self.model.logprob(batch).double().sum(1).cpu().numpy())
+        return np.concatenate(parts)
+
+
+class TransformersJudge:
+    """Any causal language model of transformers in a local folder, or of a name in the hub's cache."""
+
+    def __init__(self, source: str, device: torch.device | str = "cpu") -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(source)
+            self.model: Any = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True).eval().to(device)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(
+                f"{source!r} is no judge: neither a run of `embdiff train --objective autoregressive` nor a causal "
+                f"language model of transformers ({reason})"
+            ) from error
+        self.name = Path(source).name
+        if self.tokenizer.eos_token_id is None:
+            raise UserError(f"the judge {source!r} has no end-of-text token: choose another one")
+
+    @torch.no_grad()
+    def nats(self, texts: Sequence[str]) -> NDArray[np.float64]:
+        """-log p of each text and its end, [N], from the model's own start of text."""
+        end = self.tokenizer.eos_token_id
+        start = self.tokenizer.bos_token_id
+        first = end if start is None else start
+        limit = int(getattr(self.model.config, "max_position_embeddings", None) or 2**31)
+        scores = []
+        for text in texts:  # one at a time: a batch would need masks, which not every model treats alike
+            ids = [first, *self.tokenizer(text, add_special_tokens=False)["input_ids"], end]
+            if len(ids) > limit:
+                raise UserError(f"a text of {len(ids)} tokens is longer than the judge {self.name} reads ({limit})")
+            row = torch.tensor([ids], device=self.model.device)
+            logp = self.model(row).logits[0, :-1].double().log_softmax(-1)
+            scores.append(-float(logp.gather(-1, row[0, 1:, None]).sum()))
+        return np.array(scores)
+
+
+def judge_of(spec: str, real: Sequence[str], device: torch.device | str = "cpu") -> Judge:
+    """A judge by its spec: "N-gram" is fitted to `real`, anything else is a folder (or a name in the hub's cache).
+
+    Raises UserError for what is neither.
+    """
+    order = spec.removesuffix("-gram")
+    if order != spec:
+        if not (order.isdigit() and 1 <= int(order) <= 9):
+            raise UserError(f"judge {spec!r} is unknown: give 1-gram to 9-gram, or a model's folder")
+        return NGramJudge(real, int(order))
+    folder = Path(spec)
+    if (folder / "run.yaml").exists():
+        from embdiff.baselines import load
+
+        model, tokenizer = load(folder)
+        return AutoregressiveJudge(model.to(device), tokenizer, folder.name)
+    return TransformersJudge(spec, device)

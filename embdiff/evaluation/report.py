@@ -1,0 +1,289 @@
+"""A whole evaluation: likelihood, samples beside real texts, and references where there are prompts.
+
+Every figure stands beside the same figure of real texts, as many of them, for entropy, distinct n-grams and judges
+depend on how many texts there are and of what kind. Prompts are never scored, and no figure depends on how samples were
+batched.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from embdiff.errors import UserError
+from embdiff.evaluation import metrics
+from embdiff.evaluation.judges import Judge, cross_entropy
+from embdiff.evaluation.likelihood import Likelihood, bound, flow_bound
+from embdiff.evaluation.ngram import NGram
+from embdiff.evaluation.samples import as_written, draw, some
+
+if TYPE_CHECKING:
+    from embdiff.data import Example
+    from embdiff.pipeline import TextDiffusionPipeline
+
+Figures = dict[str, Any]
+FEWEST = 8  # texts: below that entropies and distances say nothing
+REVERSE_ORDER = 5
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What decides the figures, beside model and texts.
+
+    samples: texts to draw, the i-th from seed + i; 0 = none. steps: of sampling. mbr: candidates for each prompt of
+    which the one nearest to the others is kept as well (a second set of figures); 0 = off. bound_texts: for the
+    variational bound, None = all, 0 = none. levels: noise levels for each of them. flow_texts, flow_steps: of the
+    flow's bound. options: of the pipeline's call.
+    """
+
+    samples: int = 1000
+    steps: int = 32
+    seed: int = 0
+    batch_size: int = 50
+    mbr: int = 0
+    bound_texts: int | None = None
+    levels: int = 4
+    flow_texts: int = 0
+    flow_steps: int = 32
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        lowest = {"samples": 0, "steps": 1, "batch_size": 1, "mbr": 0, "flow_texts": 0, "flow_steps": 1}
+        for name, least in lowest.items():
+            if getattr(self, name) < least:
+                raise UserError(f"{name} {getattr(self, name)} is out of range: give {least} or more")
+        if self.mbr == 1:
+            raise UserError("mbr 1 has nothing to choose from: give 2 or more candidates, or 0 for none")
+        if 0 < self.samples < FEWEST:
+            raise UserError(f"{self.samples} samples are too few to judge: draw {FEWEST} or more")
+
+
+def evaluate(
+    pipe: TextDiffusionPipeline,
+    valid: Sequence[Example],
+    judges: Sequence[Judge],
+    protocol: Protocol,
+    *,
+    train: Sequence[str] = (),
+    references: dict[str, list[str]] | None = None,
+    advance: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> Figures:
+    """All figures of a model.
+
+    Args:
+        valid: held-out texts, with the prompts of a prompted model.
+        train: other real texts, which show what the distances to `valid` are for texts that are real.
+        references: texts for each prompt; by default those of `valid`.
+        advance: told what is being done, how much of it is done, and how much there is.
+
+    Raises:
+        UserError: for too few texts, or prompts without references.
+    """
+    if len(valid) < FEWEST:
+        raise UserError(f"{len(valid)} texts are too few to evaluate with: give {FEWEST} or more")
+    start = time.monotonic()
+    figures: Figures = {"protocol": asdict(protocol), "likelihood": _likelihoods(pipe, valid, protocol, advance)}
+    if protocol.samples:
+        figures |= _sampled(pipe, valid, judges, protocol, train, references, advance)
+    return figures | {"run": run(pipe, time.monotonic() - start)}
+
+
+def run(pipe: TextDiffusionPipeline, seconds: float) -> Figures:
+    """What else is needed to repeat figures: versions, device, precision, scheduler."""
+    import diffusers
+    import torch
+    import transformers
+
+    import embdiff
+
+    libraries = {"embdiff": embdiff, "torch": torch, "transformers": transformers, "diffusers": diffusers, "numpy": np}
+    device = pipe.device
+    return {
+        "versions": {"python": platform.python_version()} | {n: str(m.__version__) for n, m in libraries.items()},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "dtype": str(pipe.denoiser.dtype).removeprefix("torch."),
+        "parameters": sum(p.numel() for p in pipe.denoiser.parameters()),
+        "scheduler": {
+            "name": type(pipe.scheduler).__name__,
+            **{key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")},
+        },
+        "temperature": pipe.config.temperature,
+        "seconds": round(seconds, 1),
+    }
+
+
+def text_figures(
+    texts: Sequence[str], real: Sequence[str], judges: Sequence[Judge], seed: int = 0, vocabulary: Sequence[str] = ()
+) -> Figures:
+    """Figures of texts beside held-out real ones; both as a model could have written them (see `as_written`).
+
+    vocabulary: the words that the reverse cross-entropy knows, by default those of `real`.
+    """
+    words = sorted(set(vocabulary) or {word for text in real for word in text.split()})
+    reverse = NGram.fit(texts, order=REVERSE_ORDER, vocabulary=words).cross_entropy(real)
+    return {
+        "texts": len(texts),
+        "empty": sum(not text.strip() for text in texts),
+        "cross_entropy": {judge.name: round(cross_entropy(judge, texts), 4) for judge in judges},
+        "reverse_cross_entropy": round(reverse, 4),
+        "unigram_entropy": round(metrics.unigram_entropy(texts), 4),
+        **{f"distinct_{n}": round(metrics.distinct_n(texts, n), 4) for n in (1, 2, 3, 4)},
+        "self_bleu": round(metrics.self_bleu(texts, seed=seed), 2),
+        "repetition": round(metrics.repetition(texts), 4),
+        "rep_4": round(metrics.rep_n(texts, 4), 4),
+        "mean_words": round(metrics.mean_length(texts), 2),
+        "length_quantiles": metrics.length_quantiles(texts),
+        "length_distance": round(metrics.length_distance(texts, real), 3),
+        "mauve_style": round(metrics.divergence(texts, real, seed=seed), 4),
+    }
+
+
+def reference_figures(texts: Sequence[str], references: Sequence[Sequence[str]]) -> Figures:
+    """Overlap with references, one list for each text."""
+    bleu = metrics.corpus_bleu(texts, references)
+    return {
+        "prompts": len(texts),
+        "references": sum(len(each) for each in references),
+        "bleu": round(bleu, 2),
+        "chrf": round(metrics.corpus_chrf(texts, references), 2),
+        "rouge_l": round(metrics.rouge_l(texts, references), 4),
+    }
+
+
+def _likelihoods(
+    pipe: TextDiffusionPipeline,
+    valid: Sequence[Example],
+    protocol: Protocol,
+    advance: Callable[[str, int, int], None],
+) -> Figures:
+    from embdiff.batches import encode
+    from embdiff.schedulers import EmbeddingScheduler
+
+    config = pipe.denoiser.config
+    if not isinstance(pipe.scheduler, EmbeddingScheduler):
+        raise UserError(
+            f"the model has {type(pipe.scheduler).__name__}: a likelihood needs an embdiff scheduler's levels"
+        )
+    schedule = pipe.scheduler.noise_schedule
+
+    def measured(count: int | None, what: str, measure: Callable[..., Likelihood], **settings: Any) -> Figures:
+        chosen = list(valid) if count is None else [valid[i] for i in _spread(len(valid), count)]
+        encoded = encode(
+            chosen, pipe.tokenizer, config.max_length, config.max_prompt_length, on_long="drop", what="text"
+        )
+        done = 0
+
+        def forward(texts: int) -> None:
+            nonlocal done
+            done += texts
+            advance(what, done, len(encoded))
+
+        found = measure(
+            pipe.denoiser, encoded, schedule, seed=protocol.seed, batch_size=protocol.batch_size, advance=forward,
+            **settings,
+        )  # fmt: skip
+        return {
+            "nats_per_token": round(found.nats_per_token, 4),
+            "standard_error": round(found.standard_error, 4),
+            "noise_error": round(found.noise_error, 4),
+            "parts": {name: round(value, 4) for name, value in found.parts.items()},
+            "texts": found.texts,
+            "tokens": found.tokens,
+            "too_long": encoded.dropped,
+        }
+
+    figures: Figures = {}
+    if protocol.bound_texts != 0:
+        figures["bound"] = measured(protocol.bound_texts, "bound", bound, samples=protocol.levels)
+    if protocol.flow_texts:
+        figures["flow"] = measured(protocol.flow_texts, "flow", flow_bound, steps=protocol.flow_steps)
+    return figures
+
+
+def _sampled(
+    pipe: TextDiffusionPipeline,
+    valid: Sequence[Example],
+    judges: Sequence[Judge],
+    protocol: Protocol,
+    train: Sequence[str],
+    references: dict[str, list[str]] | None,
+    advance: Callable[[str, int, int], None],
+) -> Figures:
+    limit = int(pipe.denoiser.config.max_length)
+    prompts, answers = _prompts(pipe, valid, protocol.samples, references)
+
+    def drawn(what: str, seed: int, each: int = 1) -> list[str]:
+        done, wanted = 0, [p for p in prompts for _ in range(each)]
+
+        def forward(texts: int) -> None:
+            nonlocal done
+            done += texts
+            advance(what, done, len(wanted))
+
+        return draw(
+            pipe, wanted, seed=seed, batch_size=protocol.batch_size, advance=forward,
+            num_inference_steps=protocol.steps, **protocol.options,
+        )  # fmt: skip
+
+    texts = drawn("samples", protocol.seed)
+    known = as_written(pipe.tokenizer, [example.text for example in valid], limit)
+    others = as_written(pipe.tokenizer, train, limit)
+    words = sorted({word for text in (*known, *others) for word in text.split()})
+    count = min(len(texts), len(known))
+    figures: Figures = {"samples": text_figures(texts, known, judges, protocol.seed, words)}
+    # Judges were fitted to training texts, so they see held-out ones; distances to held-out texts are of training
+    # texts.
+    figures["real"] = text_figures(some(known, count, protocol.seed), known, judges, protocol.seed, words)
+    distances = ("reverse_cross_entropy", "length_distance", "mauve_style")
+    if len(others) >= count:
+        fresh = text_figures(some(others, count, protocol.seed), known, (), protocol.seed, words)
+        figures["real"] |= {name: fresh[name] for name in distances}
+    else:
+        figures["real"] |= dict.fromkeys(distances)
+    if answers:
+        figures["conditional"] = {"one sample a prompt": reference_figures(texts, answers)}
+        if protocol.mbr:
+            # Their seeds begin behind those of the samples.
+            many = drawn("candidates", protocol.seed + len(prompts), protocol.mbr)
+            groups = [many[i : i + protocol.mbr] for i in range(0, len(many), protocol.mbr)]
+            chosen = metrics.mbr(groups)
+            figures["conditional"][f"mbr of {protocol.mbr}"] = reference_figures(chosen, answers)
+    figures["texts"] = [
+        {"prompt": prompt, "text": text, "seed": protocol.seed + i}
+        for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
+    ]
+    return figures
+
+
+def _prompts(
+    pipe: TextDiffusionPipeline, valid: Sequence[Example], count: int, references: dict[str, list[str]] | None
+) -> tuple[list[str | None], list[list[str]]]:
+    """The prompts to draw from, each once, and the references of each; no prompts for a model that takes none."""
+    if not int(pipe.denoiser.config.max_prompt_length) or not any(example.prompt for example in valid):
+        if references is not None:
+            raise UserError("references are for prompts: this model takes none, or the texts have none")
+        return [None] * count, []
+    own: dict[str, list[str]] = {}
+    for example in valid:
+        own.setdefault(example.prompt or "", []).append(example.text)
+    answers = own if references is None else references
+    missing = [prompt for prompt in own if not answers.get(prompt)]
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(own)} prompts have no reference, the first is {missing[0]!r}: "
+            "give references for the prompts of the data, written alike"
+        )
+    chosen = [list(own)[i] for i in _spread(len(own), count)]
+    return list(chosen), [answers[prompt] for prompt in chosen]
+
+
+def _spread(size: int, count: int) -> list[int]:
+    from embdiff.batches import spread
+
+    return [int(i) for i in spread(size, count)]

@@ -1,0 +1,55 @@
+"""Samples by the hundred, and texts as a model could have written them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from embdiff import vocabulary
+from embdiff.errors import UserError
+
+if TYPE_CHECKING:
+    from embdiff.pipeline import TextDiffusionPipeline
+
+
+def draw(
+    pipe: TextDiffusionPipeline,
+    prompts: Sequence[str | None],
+    *,
+    seed: int = 0,
+    batch_size: int = 50,
+    advance: Callable[[int], None] = lambda texts: None,
+    **options: Any,
+) -> list[str]:
+    """One text for each prompt (None = from nothing); text i comes from seed + i, whatever its batch.
+
+    options: of the pipeline's call. advance: told how many texts were drawn.
+    """
+    texts: list[str] = []
+    for start in range(0, len(prompts), batch_size):
+        part: Any = prompts[start : start + batch_size]
+        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
+        out: Any = pipe(part, generator=generators, **options)
+        texts += out.texts
+        advance(len(part))
+    return texts
+
+
+def as_written(tokenizer: Any, texts: Sequence[str], max_length: int | None = None) -> list[str]:
+    """The texts after a way through the tokenizer: words that it doesn't know are `<unk>` then, as in samples.
+
+    max_length: of the model in tokens; longer texts are left out, as it could not end them.
+    """
+    tokens = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    return [vocabulary.decode(tokenizer, ids) for ids in tokens if max_length is None or len(ids) < max_length]
+
+
+def some(texts: Sequence[str], count: int, seed: int = 0) -> list[str]:
+    """`count` of the texts at random, without repetition, in their order; files are often sorted, so heads mislead."""
+    if count > len(texts):
+        raise UserError(f"{count} texts are wanted of {len(texts)}: ask for fewer, or give more")
+    chosen = np.random.default_rng((seed, 0x736F6D65)).choice(len(texts), size=count, replace=False)
+    return [texts[i] for i in sorted(chosen)]

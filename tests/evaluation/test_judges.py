@@ -1,0 +1,90 @@
+"""Judges: text in, nats out, whatever the tokenizer."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from embdiff.errors import UserError
+from embdiff.evaluation.judges import NGramJudge, TransformersJudge, cross_entropy, judge_of
+from tests.conftest import sentences
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory, tokenizer):
+    """A small GPT-2 with random weights, as a local folder."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("judge") / "little"
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=16, n_embd=16, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_an_ngram_judge_gives_the_models_cross_entropy():
+    texts = sentences(60)
+    judge = NGramJudge(texts[:40], order=3, min_count=1)
+    assert cross_entropy(judge, texts[40:]) == pytest.approx(judge.model.cross_entropy(texts[40:]))
+    assert judge.nats(texts[40:]).shape == (20,)
+
+
+def test_a_likelier_text_is_cheaper():
+    judge = judge_of("3-gram", sentences(100))
+    shuffled = [" ".join(sorted(text.split())) for text in sentences(20, seed=1)]
+    assert cross_entropy(judge, sentences(20, seed=1)) < cross_entropy(judge, shuffled)
+    assert judge.name == "3-gram"
+
+
+def test_a_transformers_judge_gives_the_sum_over_its_own_tokens(gpt2):
+    judge = TransformersJudge(str(gpt2))
+    text = "the cat sees a dog ."
+    ids = [judge.tokenizer.bos_token_id, *judge.tokenizer(text)["input_ids"], judge.tokenizer.eos_token_id]
+    logp = judge.model(torch.tensor([ids])).logits[0].detach().log_softmax(-1)
+    by_hand = -sum(float(logp[i, token]) for i, token in enumerate(ids[1:]))
+    assert judge.nats([text])[0] == pytest.approx(by_hand, rel=1e-5)
+    assert cross_entropy(judge, [text]) == pytest.approx(by_hand / 7, rel=1e-5)
+
+
+def test_another_tokenizer_of_the_same_model_of_words_changes_nothing(gpt2):
+    """Text is scored, not ids: a uniform model pays ln V for each of its own tokens, however many words they are."""
+    judge = TransformersJudge(str(gpt2))
+    with torch.no_grad():
+        for p in judge.model.parameters():
+            p.zero_()
+    words = len(judge.tokenizer)
+    assert np.allclose(judge.nats(["the cat", "a"]), [3 * math.log(words), 2 * math.log(words)])
+
+
+def test_texts_do_not_change_each_others_scores(gpt2):
+    texts = sentences(6)
+    for judge in (TransformersJudge(str(gpt2)), NGramJudge(sentences(50))):
+        assert np.allclose(judge.nats(texts)[::-1], judge.nats(texts[::-1]))
+        assert judge.nats(texts[:1])[0] == pytest.approx(judge.nats(texts)[0])
+
+
+def test_empty_texts_pay_for_their_end(gpt2):
+    for judge in (TransformersJudge(str(gpt2)), NGramJudge(sentences(50))):
+        assert judge.nats([""])[0] > 0
+        assert cross_entropy(judge, [""]) == pytest.approx(judge.nats([""])[0])
+
+
+@pytest.mark.parametrize(
+    ("spec", "cause"),
+    [("0-gram", "1-gram to 9-gram"), ("x-gram", "1-gram to 9-gram"), ("./nowhere", "no judge")],
+)
+def test_what_is_no_judge_is_refused(spec, cause):
+    with pytest.raises(UserError, match=cause):
+        judge_of(spec, sentences(20))
+
+
+def test_texts_longer_than_the_judge_reads_are_refused(gpt2):
+    with pytest.raises(UserError, match="longer than the judge little reads"):
+        TransformersJudge(str(gpt2)).nats(["the " * 20])
+
+
+def test_no_texts_are_refused():
+    with pytest.raises(UserError, match="at least one"):
+        cross_entropy(NGramJudge(sentences(20)), [])
