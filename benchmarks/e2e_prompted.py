@@ -25,7 +25,7 @@ from common import generators, trained, training_facts, write
 from embdiff.batches import spread
 from embdiff.cli.common import seconds
 from embdiff.config import TrainConfig
-from embdiff.evaluation.metrics import corpus_bleu, meaning_to_source, read_e2e_references
+from embdiff.evaluation.e2e import corpus_bleu, meaning_to_source, read_e2e_references
 from embdiff.guidance import ClassifierFreeGuidance
 from embdiff.pipeline import TextDiffusionPipeline
 

@@ -1,1 +1,1 @@
-"""Measures of generated text: n-gram likelihood, diversity and overlap with references."""
+"""Measures of generated text: n-gram likelihood, diversity, distance from real text, overlap with references."""
