@@ -44,6 +44,7 @@ def evaluate(
     ),
     references: Path | None = typer.Option(None, help="A jsonl or csv of prompt and text: the references of prompts."),
     mbr: int = typer.Option(0, help="Also choose the best of so many candidates a prompt, by minimum Bayes risk."),
+    lowercase: bool = typer.Option(False, help="Compare with references in lower case."),
     samples: int = typer.Option(1000, "--samples", "-n", help="Texts to draw, at most one a prompt; 0 = none."),
     steps: int = typer.Option(32, help="Denoising steps."),
     scheduler: str | None = typer.Option(None, help=f"{SOLVERS}; by default the model's own."),
@@ -73,7 +74,9 @@ def evaluate(
 
     options: dict[str, Any] = {"temperature": temperature, "length_bias": length_bias}
     options["guidance"] = [ClassifierFreeGuidance(cfg_scale, cfg_space)]
-    protocol = report.Protocol(samples, steps, seed, batch_size, mbr, bound, flow_texts=flow, options=options)
+    protocol = report.Protocol(
+        samples, steps, seed, batch_size, mbr, lowercase, bound, flow_texts=flow, options=options
+    )
     pipe = load_pipeline(model, device, dtype)
     set_scheduler(pipe, scheduler)
     valid, train = real_texts(model, data, judge_data)
@@ -181,19 +184,26 @@ def tables(figures: dict[str, Any]) -> Iterator[Any]:
         table = Table("", "samples", "real texts", title="texts")
         samples, real = (flat(figures[column]) for column in ("samples", "real"))
         for name, value in samples.items():
-            table.add_row(name, *("-" if v is None else f"{v:g}" for v in (value, real.get(name))))
+            table.add_row(name, in_words(value), in_words(real.get(name)))
         yield table
     if "conditional" in figures:
         first = next(iter(figures["conditional"].values()))
         table = Table("", *first, title="references")
         for name, found in figures["conditional"].items():
-            table.add_row(name, *(f"{value:g}" for value in found.values()))
+            table.add_row(name, *(str(value) for value in found.values()))
         yield table
 
 
-def flat(figures: dict[str, Any]) -> dict[str, float | None]:
+def in_words(value: Any) -> str:
+    """A figure, several, or none."""
+    if isinstance(value, list):
+        return " ".join(map(in_words, value))
+    return "-" if value is None else f"{value:g}"
+
+
+def flat(figures: dict[str, Any]) -> dict[str, Any]:
     """Figures in figures as one level, each under its own and its parent's name."""
-    rows: dict[str, float | None] = {}
+    rows: dict[str, Any] = {}
     for name, value in figures.items():
         if isinstance(value, dict):
             rows |= {f"{name}, {inner}".replace("_", " "): number for inner, number in value.items()}

@@ -150,7 +150,7 @@ def integrate(
         context = _context(denoiser, batch)
         total = z.new_zeros(len(z))
         # Even in gamma: a fitted schedule's quantiles run off at its ends, and so would dz/dt.
-        levels = np.linspace(*schedule.gamma([0.0, 1.0]), steps + 1)
+        levels = np.linspace(float(schedule.gamma(0.0)), float(schedule.gamma(1.0)), steps + 1)
         for gamma, end in pairwise(levels.tolist()):
             h, middle = end - gamma, 0.5 * (gamma + end)
             v1, d1 = slope(z, gamma)

@@ -19,6 +19,7 @@ from embdiff.errors import UserError
 from embdiff.evaluation import metrics
 from embdiff.evaluation.judges import Judge, cross_entropy
 from embdiff.evaluation.likelihood import Likelihood, bound, flow_bound
+from embdiff.evaluation.mauve import divergence
 from embdiff.evaluation.ngram import NGram
 from embdiff.evaluation.samples import as_written, draw, some
 
@@ -36,9 +37,9 @@ class Protocol:
     """What decides the figures, beside model and texts.
 
     samples: texts to draw, the i-th from seed + i; 0 = none. steps: of sampling. mbr: candidates for each prompt of
-    which the one nearest to the others is kept as well (a second set of figures); 0 = off. bound_texts: for the
-    variational bound, None = all, 0 = none. levels: noise levels for each of them. flow_texts, flow_steps: of the
-    flow's bound. options: of the pipeline's call.
+    which the one nearest to the others is kept as well (a second set of figures); 0 = off. lowercase: before comparing
+    with references. bound_texts: for the variational bound, None = all, 0 = none. levels: noise levels for each of
+    them. flow_texts, flow_steps: of the flow's bound. options: of the pipeline's call.
     """
 
     samples: int = 1000
@@ -46,6 +47,7 @@ class Protocol:
     seed: int = 0
     batch_size: int = 50
     mbr: int = 0
+    lowercase: bool = False
     bound_texts: int | None = None
     levels: int = 4
     flow_texts: int = 0
@@ -140,19 +142,21 @@ def text_figures(
         "mean_words": round(metrics.mean_length(texts), 2),
         "length_quantiles": metrics.length_quantiles(texts),
         "length_distance": round(metrics.length_distance(texts, real), 3),
-        "mauve_style": round(metrics.divergence(texts, real, seed=seed), 4),
+        "mauve_style": round(divergence(texts, real, seed=seed), 4),
     }
 
 
-def reference_figures(texts: Sequence[str], references: Sequence[Sequence[str]]) -> Figures:
-    """Overlap with references, one list for each text."""
-    bleu = metrics.corpus_bleu(texts, references)
+def reference_figures(texts: Sequence[str], references: Sequence[Sequence[str]], lowercase: bool = False) -> Figures:
+    """Overlap with references, one list for each text: BLEU and chrF as sacrebleu has them (13a), ROUGE lower-cased."""
     return {
         "prompts": len(texts),
         "references": sum(len(each) for each in references),
-        "bleu": round(bleu, 2),
-        "chrf": round(metrics.corpus_chrf(texts, references), 2),
-        "rouge_l": round(metrics.rouge_l(texts, references), 4),
+        "case": "lower" if lowercase else "as written",
+        "bleu": round(metrics.corpus_bleu(texts, references, lowercase=lowercase), 2),
+        "chrf": round(metrics.corpus_chrf(texts, references, lowercase=lowercase), 2),
+        "rouge_1": round(metrics.rouge_n(texts, references, 1), 2),
+        "rouge_2": round(metrics.rouge_n(texts, references, 2), 2),
+        "rouge_l": round(metrics.rouge_l(texts, references), 2),
     }
 
 
@@ -163,14 +167,10 @@ def _likelihoods(
     advance: Callable[[str, int, int], None],
 ) -> Figures:
     from embdiff.batches import encode
-    from embdiff.schedulers import EmbeddingScheduler
+    from embdiff.noise import noise_schedule
 
     config = pipe.denoiser.config
-    if not isinstance(pipe.scheduler, EmbeddingScheduler):
-        raise UserError(
-            f"the model has {type(pipe.scheduler).__name__}: a likelihood needs an embdiff scheduler's levels"
-        )
-    schedule = pipe.scheduler.noise_schedule
+    schedule = noise_schedule(dict(pipe.config.fitted_schedule))
 
     def measured(count: int | None, what: str, measure: Callable[..., Likelihood], **settings: Any) -> Figures:
         chosen = list(valid) if count is None else [valid[i] for i in _spread(len(valid), count)]
@@ -247,13 +247,13 @@ def _sampled(
     else:
         figures["real"] |= dict.fromkeys(distances)
     if answers:
-        figures["conditional"] = {"one sample a prompt": reference_figures(texts, answers)}
+        figures["conditional"] = {"one sample a prompt": reference_figures(texts, answers, protocol.lowercase)}
         if protocol.mbr:
             # Their seeds begin behind those of the samples.
             many = drawn("candidates", protocol.seed + len(prompts), protocol.mbr)
             groups = [many[i : i + protocol.mbr] for i in range(0, len(many), protocol.mbr)]
             chosen = metrics.mbr(groups)
-            figures["conditional"][f"mbr of {protocol.mbr}"] = reference_figures(chosen, answers)
+            figures["conditional"][f"mbr of {protocol.mbr}"] = reference_figures(chosen, answers, protocol.lowercase)
     figures["texts"] = [
         {"prompt": prompt, "text": text, "seed": protocol.seed + i}
         for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True))

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from embdiff.cli import app, common, main
-from embdiff.cli.sample import SOLVERS
+from embdiff.cli.common import SOLVERS
 from embdiff.errors import UserError
 from embdiff.schedulers import SCHEDULERS
 from tests.conftest import sentences

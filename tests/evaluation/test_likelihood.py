@@ -1,4 +1,4 @@
-"""Likelihoods: exact where the answer is known, the flow against scipy's adaptive integrator, errors that are honest."""
+"""Likelihoods: exact where the answer is known, the flow against scipy's adaptive integrator, honest errors."""
 
 import math
 

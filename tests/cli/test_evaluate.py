@@ -1,0 +1,129 @@
+"""embdiff eval and frontier, end to end on small real text."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from embdiff.cli import app
+from tests.cli.test_cli import SMALL, refused
+from tests.conftest import sentences
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run on pairs with validation data beside it, and its held-out file."""
+    folder = tmp_path_factory.mktemp("eval")
+    for name, seed in (("train", 0), ("valid", 1)):
+        lines = [f"{text.split()[1]}||{text}" for text in sentences(120, seed=seed)]
+        (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    options = ["--separator", "||", "--validation", str(folder / "valid.txt"), "--max-steps", "2"]
+    result = CliRunner().invoke(app, ["train", str(folder / "train.txt"), "-o", str(folder / "run"), *SMALL, *options])
+    assert result.exit_code == 0, result.output
+    return folder / "run"
+
+
+def evaluated(*arguments) -> str:
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    assert result.exit_code == 0, result.output + result.stderr
+    return result.stdout
+
+
+def test_eval_prints_json_and_writes_the_same_with_the_texts(run, tmp_path):
+    out = tmp_path / "eval.json"
+    options = ["-n", "8", "--steps", "2", "--bound", "20", "--flow", "2", "--mbr", "2", "--judge", "2-gram"]
+    printed = json.loads(evaluated("eval", run, *options, "--json", "--output", out))
+    written = json.loads(out.read_text())
+    texts = written.pop("texts")
+    assert printed == written
+    assert len(texts) == 8 == printed["samples"]["texts"]
+    assert printed["likelihood"]["bound"]["texts"] == 20
+    assert set(printed["likelihood"]) == {"bound", "flow"}
+    assert set(printed["conditional"]) == {"one sample a prompt", "mbr of 2"}
+    assert printed["protocol"]["options"]["guidance"][0]["scale"] == 1.0
+    assert list(printed["real"]["cross_entropy"]) == ["2-gram"]
+    again = json.loads(evaluated("eval", run, *options, "--json"))
+    for name in ("likelihood", "samples", "real", "conditional"):
+        assert again[name] == printed[name]
+
+
+def test_eval_of_other_data_with_references_shows_tables(run, tmp_path):
+    held_out = [{"prompt": text.split()[1], "text": text} for text in sentences(30, seed=2)]
+    data, references = tmp_path / "data.jsonl", tmp_path / "references.jsonl"
+    data.write_text("\n".join(map(json.dumps, held_out)))
+    references.write_text("\n".join(json.dumps(pair | {"text": "all alike"}) for pair in held_out))
+    options = ["-n", "9", "--steps", "2", "--bound", "0", "--scheduler", "ddim", "--cfg-scale", "1.5"]
+    shown = evaluated("eval", run, "--data", data, "--references", references, *options)
+    for word in ("unigram entropy", "mauve style", "one sample a prompt", "5-gram", "reverse cross entropy"):
+        assert word in shown
+    assert "likelihood" not in shown
+
+
+def test_a_judge_may_be_a_transformers_model(run, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from embdiff import vocabulary
+
+    words = vocabulary.train_word(sentences(50), min_count=1)
+    sizes = {"n_positions": 64, "n_embd": 8, "n_layer": 1, "n_head": 1}
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(words), **sizes)).save_pretrained(tmp_path / "little")
+    words.save_pretrained(tmp_path / "little")
+    options = ["--judge", tmp_path / "little", "--judge", "1-gram", "-n", "8", "--steps", "1", "--bound", "0", "--json"]
+    assert list(json.loads(evaluated("eval", run, *options))["samples"]["cross_entropy"]) == ["little", "1-gram"]
+
+
+def test_frontier_compares_samplers_with_as_many_real_texts(run, tmp_path):
+    picture = tmp_path / "frontier.svg"
+    options = ["--steps", "1", "--steps", "2", "--solver", "own", "--solver", "unipc", "--temperature", "0.5"]
+    options += ["--temperature", "1", "-n", "10", "--picture", picture]
+    found = json.loads(evaluated("frontier", run, *options, "--json"))
+    assert len(found["points"]) == 8
+    assert found["real"]["solver"] == "real"
+    assert picture.read_text().count("</svg>") == 1
+    shown = evaluated("frontier", run, *options, "--overwrite").splitlines()
+    rows = [line.split() for line in shown[1:-1]]
+    assert [row[0] for row in rows] == ["real"] + ["own"] * 4 + ["unipc"] * 4
+    assert {len(row) for row in rows} == {7}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cause"),
+    [
+        (["eval", "RUN", "-n", "3"], "too few to judge"),
+        (["eval", "RUN", "--data", "/nowhere.txt"], "/nowhere.txt"),
+        (["eval", "RUN", "--data", "TINY"], "2 texts are too few"),
+        (["eval", "RUN", "--data", "EMPTY"], "EMPTY"),
+        (["eval", "RUN", "--judge", "0-gram"], "0-gram"),
+        (["eval", "RUN", "--judge", "RUN"], "baseline"),
+        (["eval", "RUN", "--judge", "2-gram", "--judge", "2-gram"], "each judge once"),
+        (["eval", "RUN", "--references", "TINY"], "no reference"),
+        (["eval", "RUN", "--output", "TINY"], "--overwrite"),
+        (["eval", "RUN", "--output", "/nowhere/eval.json"], "/nowhere"),
+        (["eval", "RUN", "--scheduler", "cubic"], "cubic"),
+        (["eval", "RUN", "--steps", "0"], "steps 0"),
+        (["eval", "RUN", "--mbr", "1"], "mbr 1"),
+        (["eval", "/nowhere"], "/nowhere"),
+        (["frontier", "RUN", "--temperature", "0"], "--temperature 0"),
+        (["frontier", "RUN", "--solver", "cubic"], "cubic"),
+        (["frontier", "RUN", "--steps", "0"], "--steps 0"),
+        (["frontier", "RUN", "-n", "1"], "--samples 1"),
+        (["frontier", "RUN", "-n", "500"], "held-out texts for 500 samples"),
+        (["frontier", "RUN", "--picture", "TINY"], "--overwrite"),
+    ],
+)
+def test_bad_options_get_one_line(run, tmp_path, capsys, monkeypatch, arguments, cause):
+    (tmp_path / "TINY.txt").write_text("cat||the cat .\ndog||a dog .\n")
+    (tmp_path / "EMPTY.txt").write_text("\n")
+    places = {"RUN": str(run), "TINY": str(tmp_path / "TINY.txt"), "EMPTY": str(tmp_path / "EMPTY.txt")}
+    assert cause in refused(capsys, monkeypatch, *(places.get(word, word) for word in arguments))
+    assert (tmp_path / "TINY.txt").read_text() == "cat||the cat .\ndog||a dog .\n"
+
+
+def test_a_model_without_a_run_needs_texts_for_its_judge(pipe, tmp_path, capsys, monkeypatch):
+    pipe.save_pretrained(tmp_path / "model")
+    (tmp_path / "texts.txt").write_text("\n".join(sentences(40)))
+    model, texts = str(tmp_path / "model"), str(tmp_path / "texts.txt")
+    assert "--data" in refused(capsys, monkeypatch, "eval", model)
+    assert "--judge-data" in refused(capsys, monkeypatch, "eval", model, "--data", texts)
+    options = ["--data", texts, "--judge-data", texts, "-n", "8", "--steps", "1", "--bound", "8", "--json"]
+    assert json.loads(evaluated("eval", model, *options))["real"]["texts"] == 8

@@ -1,0 +1,122 @@
+"""A whole evaluation: complete, repeatable, fair between samples and real texts."""
+
+import json
+
+import diffusers
+import pytest
+
+from embdiff.data import Example
+from embdiff.errors import UserError
+from embdiff.evaluation.judges import NGramJudge, cross_entropy
+from embdiff.evaluation.report import Protocol, evaluate, reference_figures, text_figures
+from embdiff.schedulers import DDIMScheduler
+from tests.conftest import sentences
+
+JUDGES = [NGramJudge(sentences(100), order=3), NGramJudge(sentences(100), order=1)]
+
+
+@pytest.fixture
+def pairs():
+    prompts = ["the cat", "a dog", "the red house", "a tree", "the blue dog"]
+    return [Example(text, prompts[i % 5]) for i, text in enumerate(sentences(20, seed=2))]
+
+
+def without_time(figures):
+    return json.loads(json.dumps(figures | {"run": figures["run"] | {"seconds": 0}}))
+
+
+def test_the_same_call_gives_the_same_figures_whatever_the_batch(pipe, pairs):
+    train = sentences(60, seed=1)
+    runs = []
+    for batch_size in (50, 3):
+        protocol = Protocol(samples=9, steps=3, batch_size=batch_size, bound_texts=0)
+        runs.append(without_time(evaluate(pipe, [Example(e.text) for e in pairs], JUDGES, protocol, train=train)))
+        runs[-1]["protocol"].pop("batch_size")
+    assert runs[0] == runs[1]
+
+
+def test_a_report_has_every_part(pipe, pairs):
+    told: list[tuple[str, int, int]] = []
+    protocol = Protocol(samples=8, steps=2, mbr=3, bound_texts=7, flow_texts=2, flow_steps=2, levels=2)
+    found = evaluate(
+        pipe, pairs, JUDGES, protocol, train=sentences(60), advance=lambda *progress: told.append(progress)
+    )
+    assert found["likelihood"]["bound"]["texts"] == 7
+    assert found["likelihood"]["flow"]["texts"] == 2
+    assert set(found["samples"]["cross_entropy"]) == {"3-gram", "1-gram"}
+    assert set(found["samples"]) == set(found["real"])
+    assert found["samples"]["texts"] == found["real"]["texts"] == 5  # one for each prompt
+    assert set(found["conditional"]) == {"one sample a prompt", "mbr of 3"}
+    assert found["conditional"]["one sample a prompt"]["references"] == 20
+    assert {"embdiff", "torch", "python"} <= set(found["run"]["versions"])
+    assert found["run"]["dtype"] == "float32"
+    assert found["run"]["scheduler"]["name"] == "RenoiseScheduler"
+    assert [text["seed"] for text in found["texts"]] == list(range(5))
+    assert {what: done for what, done, _ in told} == {what: total for what, _, total in told}
+    assert {what for what, _, _ in told} == {"bound", "flow", "samples", "candidates"}
+
+
+def test_real_texts_of_the_training_set_are_nearer_than_noise(tokenizer):
+    real = sentences(200, seed=3)
+    noise = [" ".join(reversed(text.split())) for text in sentences(100, seed=4)]
+    near, far = (text_figures(texts, real, JUDGES) for texts in (sentences(100, seed=4), noise))
+    assert near["reverse_cross_entropy"] < far["reverse_cross_entropy"]
+    assert near["cross_entropy"]["3-gram"] < far["cross_entropy"]["3-gram"]
+    assert near["unigram_entropy"] == pytest.approx(far["unigram_entropy"])
+    assert near["length_distance"] == far["length_distance"]
+
+
+def test_judges_see_words_that_the_model_cannot_write_as_unk(pipe, pairs):
+    strange = [Example(f"zebra {e.text}") for e in pairs]
+    found = evaluate(pipe, strange, JUDGES[:1], Protocol(samples=20, steps=2, bound_texts=0))
+    known = [f"<unk> {e.text}" for e in pairs]
+    assert found["real"]["cross_entropy"]["3-gram"] == pytest.approx(cross_entropy(JUDGES[0], known), abs=1e-4)
+    assert found["real"]["mauve_style"] is None  # there are no other real texts to say what is near
+
+
+def test_references_that_are_the_texts_score_full_marks():
+    texts = sentences(9)
+    found = reference_figures(texts, [[text, "something else"] for text in texts])
+    assert found["bleu"] == found["chrf"] == found["rouge_1"] == found["rouge_l"] == 100
+    shout = [text.upper() for text in texts]
+    assert reference_figures(shout, [[text] for text in texts])["bleu"] < 100
+    assert reference_figures(shout, [[text] for text in texts], lowercase=True)["bleu"] == pytest.approx(100)
+
+
+def test_references_of_their_own_take_the_place_of_the_texts(pipe, pairs):
+    own = {prompt: ["no such words"] for prompt in {e.prompt for e in pairs}}
+    protocol = Protocol(samples=20, steps=2, bound_texts=0)
+    assert evaluate(pipe, pairs, [], protocol, references=own)["conditional"]["one sample a prompt"]["bleu"] == 0
+    own.pop("a dog")
+    with pytest.raises(UserError, match="1 of 5 prompts have no reference, the first is 'a dog'"):
+        evaluate(pipe, pairs, [], protocol, references=own)
+    with pytest.raises(UserError, match="references are for prompts"):
+        evaluate(pipe, [Example(e.text) for e in pairs], [], protocol, references=own)
+
+
+@pytest.mark.parametrize(
+    ("settings", "cause"),
+    [
+        ({"samples": 3}, "3 samples are too few"),
+        ({"samples": -1}, "samples -1"),
+        ({"steps": 0}, "steps 0"),
+        ({"mbr": 1}, "nothing to choose from"),
+        ({"levels": 3}, "even number"),
+    ],
+)
+def test_protocols_that_measure_nothing_are_refused(pipe, pairs, settings, cause):
+    with pytest.raises(UserError, match=cause):
+        evaluate(pipe, pairs, JUDGES, Protocol(**({"samples": 0} | settings)))
+
+
+def test_too_few_texts_are_refused(pipe, pairs):
+    with pytest.raises(UserError, match="7 texts are too few"):
+        evaluate(pipe, pairs[:7], JUDGES, Protocol())
+
+
+def test_the_likelihood_is_the_models_whatever_scheduler_is_assigned(pipe, pairs):
+    protocol, found = Protocol(samples=0, levels=2), list[float]()
+    for scheduler in (pipe.scheduler, DDIMScheduler(noise_schedule="cosine"), diffusers.DDIMScheduler()):
+        pipe.scheduler = scheduler
+        found.append(evaluate(pipe, pairs, [], protocol)["likelihood"]["bound"]["nats_per_token"])
+    assert found[0] == found[1] == found[2]
