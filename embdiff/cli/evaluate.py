@@ -187,10 +187,10 @@ def tables(figures: dict[str, Any]) -> Iterator[Any]:
             table.add_row(name, in_words(value), in_words(real.get(name)))
         yield table
     if "conditional" in figures:
-        first = next(iter(figures["conditional"].values()))
-        table = Table("", *first, title="references")
-        for name, found in figures["conditional"].items():
-            table.add_row(name, *(str(value) for value in found.values()))
+        kinds = figures["conditional"]
+        table = Table("", *kinds, title="references")
+        for name in next(iter(kinds.values())):
+            table.add_row(name.replace("_", " "), *(str(found[name]) for found in kinds.values()))
         yield table
 
 
