@@ -16,26 +16,32 @@ from embdiff.pipeline import TextDiffusionPipeline, load
 from embdiff.training import train
 
 
-def trained(output: Path, config: TrainConfig) -> TextDiffusionPipeline:
-    """The model of a run: finished before, continued where it was stopped, or trained from the start."""
+def finish(output: Path, config: TrainConfig) -> None:
+    """Does nothing for a run that was finished before, continues one that was stopped, or trains from the start."""
     quiet()
-    if not (output / "model_index.json").exists():
-        resume = (output / "run.yaml").exists()
-        if resume:  # with the options that it was started with: others would change its course
-            config = TrainConfig(**read_config(output / "run.yaml"))
-        with Display() as display:
-            train(config, output, resume=resume, reporter=display)
+    if (output / "model_index.json").exists() or (output / "model").exists():
+        return
+    resume = (output / "run.yaml").exists()
+    if resume:  # with the options that it was started with: others would change its course
+        config = TrainConfig(**read_config(output / "run.yaml"))
+    with Display() as display:
+        train(config, output, resume=resume, reporter=display)
+
+
+def trained(output: Path, config: TrainConfig) -> TextDiffusionPipeline:
+    """The diffusion model of a run, see `finish`."""
+    finish(output, config)
     pipe = load(str(output))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def training_facts(output: Path, pipe: TextDiffusionPipeline) -> dict[str, Any]:
+def training_facts(output: Path, model: torch.nn.Module) -> dict[str, Any]:
     """How a model came about."""
     state = json.loads((sorted((output / "checkpoints").glob("step-*"))[-1] / "state.json").read_text())
-    parameters = sum(p.numel() for p in pipe.denoiser.parameters())
+    parameters = sum(p.numel() for p in model.parameters())
     return {"steps": state["step"], "seconds": round(state["seconds"]), "tokens": state["tokens"],
-            "parameters": parameters, "schedule": pipe.scheduler.noise_schedule.config()}  # fmt: skip
+            "parameters": parameters, "size": read_config(output / "run.yaml")["size"]}  # fmt: skip
 
 
 def machine() -> str:

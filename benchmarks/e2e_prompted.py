@@ -70,7 +70,7 @@ def main(
         chosen = {name: best[name] for name in START}
         for scale in (best["scale"], 1.0):
             testing.append(measured(pipe, test[:test_meanings], steps, chosen | {"scale": scale}))
-    write(results, {"test": testing, "validation": choosing, "training": training_facts(output, pipe)})
+    write(results, {"test": testing, "validation": choosing, "training": training_facts(output, pipe.denoiser)})
 
 
 def validation_cases(path: Path, count: int) -> Cases:

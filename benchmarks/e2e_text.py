@@ -63,7 +63,7 @@ def main(
         texts = draw(pipe, samples, n)
         figures[f"samples_{n}_steps"] = judged(judge, texts) | {"seconds": round(time.monotonic() - start, 1)}
         (output / f"samples-{n}.txt").write_text("\n".join(texts) + "\n")
-    figures["training"] = training_facts(output, pipe)
+    figures["training"] = training_facts(output, pipe.denoiser)
     write(results, figures)
 
 

@@ -55,7 +55,9 @@ class AutoregressiveJudge:
     """A model of `embdiff train --objective autoregressive`."""
 
     def __init__(self, model: AutoregressiveModel, tokenizer: Any, name: str = "autoregressive") -> None:
-        self.model, self.tokenizer, self.name = model, tokenizer, name
+        if model.config.max_prompt_length:
+            raise UserError(f"the judge {name} was trained with prompts, and judges see none: train it on texts alone")
+        self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
 
     def nats(self, texts: Sequence[str]) -> NDArray[np.float64]:
         """-log p of each text and its end, [N]; of what exceeds the model's length, nothing can be said."""
@@ -73,7 +75,7 @@ class AutoregressiveJudge:
         with torch.no_grad():
             for start in range(0, len(encoded), BATCH):
                 batch = encoded.batch(range(start, min(start + BATCH, len(encoded)))).to(self.model.device)
-                parts.append(-self.model.logprob(batch).double().sum(1).cpu().numpy())
+                parts.append(-self.model.log_probs(batch).double().sum(1).cpu().numpy())
         return np.concatenate(parts)
 
 
@@ -126,8 +128,12 @@ def judge_of(spec: str, real: Sequence[str], device: torch.device | str = "cpu")
         return NGramJudge(real, int(order))
     folder = Path(spec)
     if (folder / "run.yaml").exists():
-        from embdiff.baselines import load
+        from embdiff.baselines import AutoregressiveModel, load
 
         model, tokenizer = load(folder)
+        if not isinstance(model, AutoregressiveModel):
+            raise UserError(
+                f"{folder} holds a {type(model).__name__}, which gives no likelihoods: use an autoregressive one"
+            )
         return AutoregressiveJudge(model.to(device), tokenizer, folder.name)
     return TransformersJudge(spec, device)
