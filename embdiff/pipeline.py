@@ -18,7 +18,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from embdiff import ops, vocabulary
+from embdiff import baselines, ops, vocabulary
 from embdiff.batches import Prompts
 from embdiff.denoiser import Context, Denoiser
 from embdiff.errors import UserError
@@ -350,6 +350,11 @@ def load(model: str) -> TextDiffusionPipeline:
     if not folder.exists() and (model.startswith((".", "/")) or model.count("/") != 1):
         raise UserError(f"no model at {model}: name the folder that embdiff train wrote")
     if folder.exists() and not (folder / "model_index.json").exists():
+        if (found := baselines.kind(folder)) is not None:
+            raise UserError(
+                f"the {found} model in {model} is a baseline, for embdiff eval --judge and benchmarks: "
+                "name a folder that embdiff train wrote with --objective ce or vlb"
+            )
         if (folder / "run.yaml").exists():
             raise UserError(
                 f"the run in {model} is not finished: continue it with embdiff train --output {model} --resume"
