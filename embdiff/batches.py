@@ -40,6 +40,15 @@ class Prompts:
         column, n = torch.arange(ids.shape[1])[None], lengths[:, None]
         return Prompts(ids.long(), column < n, column - n)
 
+    @staticmethod
+    def tokenized(tokenizer: Any, texts: Sequence[str], limit: int) -> Prompts:
+        """The last `limit` tokens of each text; one position at least, so that there is one where all are empty."""
+        tokens = [ids[-limit:] for ids in _tokenize(tokenizer, list(texts))]
+        ids = torch.full((len(tokens), max([1, *map(len, tokens)])), tokenizer.pad_token_id)
+        for row, prompt in enumerate(tokens):
+            ids[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.long)
+        return Prompts.aligned(ids, torch.tensor([len(prompt) for prompt in tokens]))
+
     def take(self, rows: slice) -> Prompts:
         """Some of the prompts."""
         return Prompts(self.ids[rows], self.present[rows], self.positions[rows])

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from embdiff.baselines import BASELINES
 from embdiff.denoiser import SIZES
 from embdiff.errors import UserError
 from embdiff.noise import FITS
@@ -113,6 +114,8 @@ class TrainConfig:
             ("vocab_size", self.tokenizer != "bpe", f"tokenizer {self.tokenizer}"),
             ("matrix_lr", self.optimizer != "muon", f"optimizer {self.optimizer}"),
             ("valid_share", self.validation is not None, f"validation {self.validation}"),
+            *((name, self.objective in BASELINES, f"objective {self.objective}") for name in DIFFUSION_ONLY),
+            *((name, self.objective == "autoregressive", "objective autoregressive") for name in NOISY_ONLY),
         )
         default = {f.name: f.default for f in fields(self)}
         return [
@@ -131,7 +134,7 @@ class TrainConfig:
 CHOICES = {
     "size": tuple(SIZES),
     "optimizer": ("muon", "adamw"),
-    "objective": ("ce", "vlb"),
+    "objective": ("ce", "vlb", *BASELINES),
     "schedule": tuple(FITS),
     "dtype": ("auto", "bf16", "fp32"),
     "on_long": ("truncate", "drop"),
@@ -140,6 +143,9 @@ LOWEST = {
     "max_length": 2, "max_prompt_length": 1, "batch_size": 1, "accumulate": 1, "draws": 1, "save_every": 1, "keep": 1,
     "validate_every": 1, "log_every": 1, "seed": 0, "warmup": 0, "filter_ramp": 0, "previews": 0, "weight_decay": 0,
 }  # fmt: skip
+# Options that only some objectives look at: diffusion, and all that look at texts through noise or a mask.
+DIFFUSION_ONLY = ("schedule", "self_condition", "drop_prompt", "filter_ramp")
+NOISY_ONLY = ("infill", "window", "draws")
 LARGEST = 2**63 - 1  # torch's seeds and sizes are 64-bit
 # What decides the weights of a run beside data and model: a resumed run must have the same.
 DECISIVE = (

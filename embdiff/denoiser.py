@@ -56,6 +56,14 @@ class Context(NamedTuple):
         """Some of the examples."""
         return Context(self.keys[:, rows], self.values[:, rows], self.mask[rows])
 
+    def followed_by(self, other: Context) -> Context:
+        """These positions and then another context's, of the same examples."""
+        return Context(
+            torch.cat([self.keys, other.keys], 3),
+            torch.cat([self.values, other.values], 3),
+            torch.cat([self.mask, other.mask], 1),
+        )
+
     @staticmethod
     def stack(contexts: list[Context]) -> Context:
         """Contexts of the same C side by side in the batch."""
@@ -93,8 +101,6 @@ class Denoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]
         condition_width: int = 128,
     ) -> None:
         super().__init__()
-        if heads < 1 or width % (2 * heads):
-            raise UserError(f"width {width} with {heads} heads: each head needs the same even number of dimensions")
         self.space = EmbeddingSpace(vocab_size, dim)
         self.embed_z = nn.Linear(dim, width, bias=False)
         self.embed_self_cond = nn.Linear(dim, width, bias=False)
@@ -184,16 +190,8 @@ class Denoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]
         condition = Condition(self.condition(gamma.reshape(B, -1).float()), self.context_condition, known)
         if positions is None:
             positions = torch.arange(L, device=z.device)[None]
-        rotation = rotary(positions, cast(Block, self.blocks[0]).head_width)
         mask = attention_mask(L, context, known, present)
-        keys, values = [], []
-        for i, block in enumerate(self.blocks):
-            past = None if context is None else (context.keys[i], context.values[i])
-            x, k, v = block(x, condition, rotation, mask, past)
-            keys.append(k)
-            values.append(v)
-        shift, scale = condition.through(self.final).chunk(2, -1)
-        return modulate(x, shift, scale), keys, values
+        return through_blocks(self.blocks, self.final, x, condition, positions, mask, context)
 
 
 class GammaCondition(nn.Module):
@@ -230,6 +228,8 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int, condition_width: int) -> None:
         super().__init__()
+        if heads < 1 or width % (2 * heads):
+            raise UserError(f"width {width} with {heads} heads: each head needs the same even number of dimensions")
         self.heads, self.head_width = heads, width // heads
         self.modulation = nn.Linear(condition_width, 6 * width, bias=False)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
@@ -260,6 +260,30 @@ class Block(nn.Module):
 
         m = F.relu(self.mlp_in(modulate(x, shift_m, scale_m))).square()
         return x + (1 + gate_m) * self.mlp_out(m), k, v
+
+
+def through_blocks(
+    blocks: nn.ModuleList,
+    final: nn.Module,
+    x: Tensor,
+    condition: Condition,
+    positions: Tensor,
+    mask: Tensor | None,
+    context: Context | None,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """x [B, L, W] through the blocks and the last modulation, and the keys and values [B, H, L, W / H] of every block.
+
+    positions: [B or 1, L]; mask: [B or 1, 1, L or 1, C + L], see `attention_mask`.
+    """
+    rotation = rotary(positions, cast(Block, blocks[0]).head_width)
+    keys, values = [], []
+    for i, block in enumerate(blocks):
+        past = None if context is None else (context.keys[i], context.values[i])
+        x, k, v = block(x, condition, rotation, mask, past)
+        keys.append(k)
+        values.append(v)
+    shift, scale = condition.through(final).chunk(2, -1)
+    return modulate(x, shift, scale), keys, values
 
 
 def rms_norm(x: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ class Loss(NamedTuple):
 
 
 class Network(NamedTuple):
-    """The denoiser's two passes, compiled or as they are."""
+    """A model's two passes, compiled or as they are."""
 
     forward: Callable[..., Tensor]
     encode_context: Callable[..., Context]
@@ -93,17 +93,21 @@ def features(
     z = corrupt(x, gamma, noise)
     if batch.known is not None:
         z = torch.where(batch.known[..., None], x, z)
-    context = None
-    if batch.prompts is not None:
-        prompts = batch.prompts
-        context = encode_context(prompts.ids, prompts.present, prompts.positions).repeat(batch.draws)
-        if batch.prompted is not None:
-            context = context.hidden_from(batch.prompted)
+    context = prompt_context(batch, encode_context)
     self_cond = torch.zeros_like(z)
     if self_condition:
         with torch.no_grad():
             self_cond = denoiser.x0(forward(z, gamma, context, self_cond, known=batch.known))
     return forward(z, gamma, context, self_cond, known=batch.known)
+
+
+def prompt_context(batch: Batch, encode_context: Callable[..., Context]) -> Context | None:
+    """The prompts of a batch, encoded once for all rows that share one; None without prompts."""
+    if batch.prompts is None:
+        return None
+    prompts = batch.prompts
+    context = encode_context(prompts.ids, prompts.present, prompts.positions).repeat(batch.draws)
+    return context if batch.prompted is None else context.hidden_from(batch.prompted)
 
 
 class Bound(NamedTuple):

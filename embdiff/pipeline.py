@@ -18,7 +18,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from embdiff import ops, vocabulary
+from embdiff import baselines, ops, vocabulary
 from embdiff.batches import Prompts
 from embdiff.denoiser import Context, Denoiser
 from embdiff.errors import UserError
@@ -230,19 +230,10 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         negatives = [negative or ""] * len(prompts) if negative is None or isinstance(negative, str) else list(negative)
         if len(negatives) != len(prompts):
             raise UserError(f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one, or one for each")
-        tokens = self.tokenizer([*positive, *(negatives if guided else [])], add_special_tokens=False)["input_ids"]
-        context = self._encode([ids[-limit:] for ids in tokens]).repeat(num_samples)
+        encoded = Prompts.tokenized(self.tokenizer, [*positive, *(negatives if guided else [])], limit).to(self.device)
+        context = self.denoiser.encode_context(encoded.ids, encoded.present, encoded.positions).repeat(num_samples)
         half = len(prompts) * num_samples
         return context.take(slice(0, half)), context.take(slice(half, 2 * half)) if guided else None
-
-    def _encode(self, tokens: list[list[int]]) -> Context:
-        # At least one position, so that the shapes of prompted runs are alike even if every prompt is empty.
-        width = max(1, *(len(ids) for ids in tokens))
-        ids = torch.full((len(tokens), width), cast(int, self.tokenizer.pad_token_id))
-        for row, prompt in enumerate(tokens):
-            ids[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.long)
-        prompts = Prompts.aligned(ids, torch.tensor([len(prompt) for prompt in tokens])).to(self.device)
-        return self.denoiser.encode_context(prompts.ids, prompts.present, prompts.positions)
 
 
 class Predictor:
@@ -359,6 +350,11 @@ def load(model: str) -> TextDiffusionPipeline:
     if not folder.exists() and (model.startswith((".", "/")) or model.count("/") != 1):
         raise UserError(f"no model at {model}: name the folder that embdiff train wrote")
     if folder.exists() and not (folder / "model_index.json").exists():
+        if (found := baselines.kind(folder)) is not None:
+            raise UserError(
+                f"the {found} model in {model} is a baseline, for embdiff eval --judge and benchmarks: "
+                "name a folder that embdiff train wrote with --objective ce or vlb"
+            )
         if (folder / "run.yaml").exists():
             raise UserError(
                 f"the run in {model} is not finished: continue it with embdiff train --output {model} --resume"

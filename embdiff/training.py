@@ -1,4 +1,4 @@
-"""Training: from a corpus to a pipeline folder.
+"""Training: from a corpus to a folder with a model. What is special to an objective is in `embdiff.objectives`.
 
 Everything random at step k is drawn from generators seeded with (seed, k), so a resumed run needs no random state and
 ends with the same weights as one that was never stopped.
@@ -8,6 +8,7 @@ ends with the same weights as one that was never stopped.
     DIR/tokenizer/             the vocabulary, there from the start
     DIR/checkpoints/step-*/    training state, see `embdiff.checkpoint`
     DIR/model_index.json, denoiser/, scheduler/    the pipeline, there at the end
+    DIR/model/                 instead of it, if the run trains a baseline
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from embdiff import checkpoint, losses, ops, vocabulary
-from embdiff.batches import Encoded, Mixture, Window, batch_index, encode, spread
+from embdiff import checkpoint, ops, vocabulary
+from embdiff.batches import Encoded, Window, batch_index, encode, spread
 from embdiff.compilation import can_compile, compiled, once
 from embdiff.config import DECISIVE, TrainConfig
 from embdiff.data import Corpus, Example, load_corpus
-from embdiff.denoiser import SIZES, Denoiser
 from embdiff.errors import UserError
-from embdiff.noise import FITS, GumbelSchedule
+from embdiff.losses import Network
+from embdiff.objectives import OBJECTIVES, Objective
 from embdiff.optim import Muon
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ TRACKER = "embdiff"  # the name that trackers know a run by, and the folder of t
 # What a run writes into its folder, and so what a new one deletes; run.yaml last, for it tells that the rest is a run.
 WRITTEN = (
     "log.jsonl", ".log.jsonl.tmp", "tokenizer", ".tokenizer.tmp", "checkpoints", "model_index.json", "denoiser",
-    "scheduler", "pipeline.new", ".pipeline.new.tmp", TRACKER, ".run.yaml.tmp", "run.yaml",
+    "scheduler", "pipeline.new", ".pipeline.new.tmp", "model", ".model.tmp", TRACKER, ".run.yaml.tmp", "run.yaml",
 )  # fmt: skip
 
 Result = TypeVar("Result")
@@ -106,7 +107,7 @@ def train(
     reporter: Reporter | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Path:
-    """Trains a model and writes the pipeline to `output`, which it returns.
+    """Trains a model and writes it to `output`, which it returns.
 
     Args:
         resume: continue the newest checkpoint in `output`.
@@ -217,7 +218,7 @@ def clear_output(output: Path) -> None:
 
 
 class Trainer:
-    """One run: data, model, optimisers, schedule fit, and the loop over them."""
+    """One run: data, objective, optimisers, and the loop over them."""
 
     def __init__(
         self,
@@ -238,24 +239,22 @@ class Trainer:
         self.tokenizer = self._tokenizer()
         self.train_set, self.valid_set = self._encode()
         self.data_hash = self.train_set.fingerprint()
-        self.mixture = Mixture(config.drop_prompt, config.infill)
-        self.window = Window.fitting(self.train_set, config.window)
-        self.denoiser = self._new_denoiser().to(self.device)
+        self.objective = self._new_objective()
+        self.model = self.objective.model.to(self.device)
+        self.window = Window.fitting(self.train_set, 0.0 if self.objective.whole else config.window)
         self.dtype = self._dtype()
-        self.names = {p: name for name, p in self.denoiser.named_parameters()}
+        self.names = {p: name for name, p in self.model.named_parameters()}
         self.optimizers = self._new_optimizers()
-        self.ema = {name: p.detach().clone() for name, p in self.denoiser.named_parameters()}
-        self.fit = FITS[config.schedule](GumbelSchedule.initial(self.denoiser.dim, len(self.tokenizer)))
+        self.ema = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         self.progress = Progress()
-        self.pending: list[tuple[Tensor, Tensor]] = []
         self.recent: list[Tensor] = []
         if self.start is not None:
             self._load(self.start)
-        self._set_ramp()
+        self.objective.enter(self.progress.step)
         by_main(self.accelerator, lambda: self._prepare_output(resume))
         if config.tracker:
             self.accelerator.init_trackers(TRACKER, {k: v for k, v in asdict(config).items() if v is not None})
-        self.network = self._network()
+        self._compile()
 
     # ---------------------------------------------------------------------------------------- construction
 
@@ -312,27 +311,23 @@ class Trainer:
         if self.start is None or not (self.output / "tokenizer").exists():
             checkpoint.save_folder(self.output / "tokenizer", self.tokenizer.save_pretrained)
 
-    def _new_denoiser(self) -> Denoiser:
+    def _new_objective(self) -> Objective:
         torch.manual_seed(weight_seed(self.config.seed))
-        denoiser = Denoiser(
-            vocab_size=len(self.tokenizer),
-            max_length=self.config.max_length,
-            max_prompt_length=self.train_set.prompt.shape[1],
-            **SIZES[self.config.size],
-        )
-        count = sum(p.numel() for p in denoiser.parameters())
+        kind = OBJECTIVES[self.config.objective]
+        objective = kind(self.config, self.tokenizer, self.train_set.prompt.shape[1], self.accelerator)
+        count = sum(p.numel() for p in objective.model.parameters())
         self.reporter.note(
             f"{count / 1e6:.1f}M parameters, {len(self.tokenizer):,} tokens in the vocabulary, "
             f"{len(self.train_set):,} training and {len(self.valid_set):,} validation texts on {self.device}"
         )
-        return cast(Denoiser, denoiser)
+        return objective
 
     def _new_optimizers(self) -> list[torch.optim.Optimizer]:
         config = self.config
-        embedding = [self.denoiser.space.weight]
-        matrices = [p for name, p in self.denoiser.blocks.named_parameters() if "modulation" not in name]
+        embedding = [self.model.space.weight]
+        matrices = [p for name, p in self.model.blocks.named_parameters() if "modulation" not in name]
         special = {id(p) for p in embedding + matrices}
-        others = [p for p in self.denoiser.parameters() if id(p) not in special]
+        others = [p for p in self.model.parameters() if id(p) not in special]
         groups = [
             {"params": embedding, "lr": config.embedding_lr, "weight_decay": 0.0},
             {"params": others, "lr": config.lr},
@@ -349,23 +344,22 @@ class Trainer:
                 group["base_lr"] = group["lr"]
         return optimizers
 
-    def _network(self) -> losses.Network:
+    def _compile(self) -> None:
+        """Lets the objective call compiled passes, where that is wanted and possible."""
         wanted = self.config.compile
         if wanted is None:
             # Compiling takes a minute or more on a CPU, so short runs are faster without.
             wanted = self.device.type == "cuda" or (
                 (self.config.max_time or math.inf) >= 600 and (self.config.steps or math.inf) >= 1000
             )
-        own = losses.Network(self.denoiser, self.denoiser.encode_context)
-        if not wanted or not can_compile(self.device.type, self.reporter.note):
-            return own
-        note = once(self.reporter.note)
-        return losses.Network(*(compiled(call, note) for call in own))
+        if wanted and can_compile(self.device.type, self.reporter.note):
+            note = once(self.reporter.note)
+            self.objective.network = Network(*(compiled(call, note) for call in self.objective.network))
 
     # ------------------------------------------------------------------------------------------- the loop
 
     def run(self, should_stop: Callable[[], bool]) -> None:
-        """Trains until the steps or the time are used up, then writes the pipeline."""
+        """Trains until the steps or the time are used up, then writes the model."""
         config = self.config
         begin = time.monotonic() - self.progress.seconds
         mark, tokens = time.monotonic(), self.progress.tokens
@@ -386,7 +380,7 @@ class Trainer:
             if stop and not self._finished():
                 raise Stopped(str(self.output))
         by_main(self.accelerator, self._validate)
-        by_main(self.accelerator, self._write_pipeline)
+        by_main(self.accelerator, self._write_model)
         if config.tracker:
             self.accelerator.end_training()
 
@@ -411,24 +405,19 @@ class Trainer:
         step, config = self.progress.step, self.config
         self._set_learning_rates()
         for part in range(config.accumulate):
-            loss, weight = self._loss(step, part)
+            with self._autocast():
+                loss, weight = self._loss(step, part)
             torch.autograd.backward(loss * weight / config.accumulate)
             self.recent.append(loss.detach() * weight)
         self._share_gradients()
-        clip_grad_norm_(self.denoiser.parameters(), config.clip)
+        clip_grad_norm_(self.model.parameters(), config.clip)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self._update_ema()
         self.progress.step += 1
-        self._set_ramp()
-        if self.progress.step % 25 == 0:
-            self._fit_schedule()
-
-    def _set_ramp(self) -> None:
-        """How much of the matched filter is in: a function of the step, so that a resumed run needs no state for it."""
-        ramp = self.config.filter_ramp
-        self.denoiser.filter_ramp.fill_(min(1.0, self.progress.step / ramp) if ramp else 1.0)
+        self.objective.enter(self.progress.step)
+        self.objective.learn(self.progress.step)
 
     def _share_gradients(self) -> None:
         """Sums gradients over processes; not through DDP, since head and embeddings are used outside of forward."""
@@ -445,35 +434,14 @@ class Trainer:
         turn = step * config.accumulate + part
         length = self.window.at(turn)
         # Where there are prompts, each is encoded once for several noise levels of its text.
-        draws = math.gcd(config.draws, config.batch_size) if self.train_set.prompt.shape[1] else 1
+        several = self.train_set.prompt.shape[1] and not self.objective.whole
+        draws = math.gcd(config.draws, config.batch_size) if several else 1
         each = self.window.count(config.batch_size // draws, turn)
         start = self.window.start(config.batch_size // draws, turn) * world
         index = batch_index(len(self.train_set), start, each * world, config.seed)
         self.progress.tokens += draws * int(self.train_set.text_length[index].clip(max=length).sum())
-        # Drawn for all processes and then shared out, so that their number changes nothing but the order of sums.
-        rows = len(index) * draws
-        t = (np.arange(rows) + generator.random(rows)) / rows
-        t = t.reshape(draws, -1).T.reshape(-1)  # the levels of one text lie far apart
-        self_condition = bool(step >= config.filter_ramp and generator.random() < config.self_condition)
-        batch = self.mixture.apply(self.train_set.batch(index, length, draws), generator)
-        noise = generator.standard_normal((*batch.ids.shape, self.denoiser.dim), dtype=np.float32)
         mine = slice(rank * each * draws, (rank + 1) * each * draws)
-        everywhere = int(batch.target().sum())
-        batch = batch.take(mine)
-        weight = int(batch.target().sum()) / everywhere
-        batch = batch.to(self.device)
-        gamma = torch.from_numpy(self.fit.schedule.gamma(t[mine])).float().to(self.device)
-        eps = torch.from_numpy(noise[mine]).to(self.device)
-        with self._autocast():
-            if config.objective == "ce":
-                loss = losses.cross_entropy(self.denoiser, batch, gamma, eps, self_condition, self.network)
-            else:
-                density = torch.from_numpy(1 / self.fit.schedule.derivative(t[mine])).float().to(self.device)
-                loss = losses.variational_loss(self.denoiser, batch, gamma, eps, self_condition, density, self.network)
-        if length == config.max_length:
-            # The schedule is fitted to what sampling sees: whole texts.
-            self.pending.append((gamma, loss.cross_entropy))
-        return loss.total, weight
+        return self.objective.loss(self.train_set.batch(index, length, draws), mine, step, generator)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.dtype is torch.float32:
@@ -494,20 +462,6 @@ class Trainer:
         decay = min(self.config.ema, (1 + self.progress.step) / (10 + self.progress.step))
         torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.names], 1 - decay)
 
-    def _fit_schedule(self) -> None:
-        self._fit_pending()
-        # Before it has learnt anything the model's cross-entropy says nothing about the noise.
-        if self.progress.step >= 2 * self.config.warmup:
-            self.fit.fit()
-
-    def _gathered(self) -> Iterator[tuple[Tensor, Tensor]]:
-        pending, self.pending = self.pending, []
-        if self.accelerator.num_processes == 1:
-            yield from pending
-        else:
-            for pair in pending:
-                yield cast(Any, self.accelerator.gather(pair))
-
     # ------------------------------------------------------------------------------------------ reporting
 
     def _log(self, tokens_per_second: float) -> None:
@@ -525,13 +479,14 @@ class Trainer:
             "tokens_per_second": tokens_per_second,
             "share": share,
             "seconds_left": self.progress.seconds * (1 - share) / max(share, 1e-9),
-            "schedule_median": float(self.fit.schedule.gamma(0.5)),
+            **self.objective.figures(),
         }
         if self.accelerator.is_main_process:
             self._append(metrics)
             self.reporter.progress(metrics)
         if self.config.tracker:
-            self.accelerator.log({k: metrics[k] for k in ("loss", "tokens_per_second", "schedule_median")}, step=step)
+            shown = ("loss", "tokens_per_second", *self.objective.figures())
+            self.accelerator.log({k: metrics[k] for k in shown}, step=step)
 
     def _append(self, metrics: dict[str, float]) -> None:
         with (self.output / "log.jsonl").open("a") as log:
@@ -545,15 +500,16 @@ class Trainer:
         return f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was written yet"
 
     @contextlib.contextmanager
-    def averaged(self) -> Iterator[Denoiser]:
-        """The denoiser with its averaged weights."""
+    def _averaged(self) -> Iterator[None]:
+        """Gives the model its averaged weights for a while."""
         trained = {name: p.detach().clone() for p, name in self.names.items()}
         try:
             self._put(self.ema)
-            yield self.denoiser.eval()
+            self.model.eval()
+            yield
         finally:
             self._put(trained)
-            self.denoiser.train()
+            self.model.train()
 
     @torch.no_grad()
     def _put(self, weights: dict[str, Tensor]) -> None:
@@ -561,51 +517,31 @@ class Trainer:
             p.copy_(weights[name])
 
     def _validate(self) -> None:
-        with self.averaged() as denoiser:
+        with self._averaged():
             index = spread(len(self.valid_set), 128)
             batch = self.valid_set.batch(index).to(self.device)
             generator = torch.Generator().manual_seed(self.config.seed)
-            bound = losses.variational_bound(denoiser, batch, self.fit.schedule, generator, samples=2)
-            nats = float(bound.total.sum() / self.valid_set.text_length[index].sum())
-            previews = self._previews(denoiser) if self.config.previews else []
+            nats = float(self.objective.nats(batch, generator).sum() / self.valid_set.text_length[index].sum())
+            previews = self._previews() if self.config.previews else []
         metrics = {"step": self.progress.step, "bound": nats}
         self._append(metrics)
         self.reporter.validation(metrics, previews)
         if self.config.tracker:
             self.accelerator.log({"validation_bound": nats}, step=self.progress.step)
 
-    def _previews(self, denoiser: Denoiser) -> list[tuple[str | None, str]]:
+    def _previews(self) -> list[tuple[str | None, str]]:
         prompted = self.train_set.prompt.shape[1] > 0
         chosen = spread(len(self.corpus.valid), self.config.previews if prompted else 0)
         prompts = [self.corpus.valid[i].prompt for i in chosen]
-        pipe = self._pipeline(denoiser)
-        pipe.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(self.config.seed)
-        count = 1 if prompts else self.config.previews
-        texts = pipe(
-            [p or "" for p in prompts] or None, num_inference_steps=16, num_samples=count, generator=generator
-        ).texts
+        texts = self.objective.texts([p or "" for p in prompts], self.config.previews, generator)
         return list(zip(prompts or [None] * len(texts), texts, strict=False))
 
     # --------------------------------------------------------------------------------------------- saving
 
-    def _pipeline(self, denoiser: Denoiser) -> Any:
-        from embdiff.pipeline import TextDiffusionPipeline
-        from embdiff.schedulers import RenoiseScheduler
-
-        scheduler = RenoiseScheduler(noise_schedule=self.fit.schedule.config())
-        return TextDiffusionPipeline(denoiser, self.tokenizer, scheduler)
-
-    def _write_pipeline(self) -> None:
-        with self.averaged() as denoiser:
-            pipe = self._pipeline(denoiser)
-            checkpoint.save_folder(self.output / "pipeline.new", pipe.save_pretrained)
-        for path in (self.output / "pipeline.new").iterdir():
-            target = self.output / path.name
-            if target.is_dir():
-                shutil.rmtree(target)
-            path.replace(target)
-        (self.output / "pipeline.new").rmdir()
+    def _write_model(self) -> None:
+        with self._averaged():
+            self.objective.write(self.output)
 
     def _fingerprint(self) -> dict[str, Any]:
         """What must be the same for a run to continue."""
@@ -614,7 +550,7 @@ class Trainer:
             "examples": len(self.train_set),
             "data": self.data_hash,
             "processes": self.accelerator.num_processes,
-            "model": {k: v for k, v in dict(self.denoiser.config).items() if not k.startswith("_")},
+            "model": {k: v for k, v in dict(self.model.config).items() if not k.startswith("_")},
             "options": {name: getattr(self.config, name) for name in DECISIVE},
         }
 
@@ -638,7 +574,7 @@ class Trainer:
             raise UserError(
                 f"weights are not finite at step {self.progress.step}: {self._last_good()}; try a lower --lr"
             )
-        self._fit_pending()
+        self.objective.collect()
         by_main(self.accelerator, self._write_checkpoint)
 
     def _write_checkpoint(self) -> None:
@@ -647,11 +583,11 @@ class Trainer:
             "seconds": self.progress.seconds,
             "tokens": self.progress.tokens,
             "dtype": "bf16" if self.dtype is torch.bfloat16 else "fp32",
-            "schedule": self.fit.state_dict(),
+            **self.objective.state_dict(),
             "idle": [name for p, name in self.names.items() if not any(p in o.state for o in self.optimizers)],
             "fingerprint": self._fingerprint(),
         }
-        tensors = {"denoiser": {name: p for p, name in self.names.items()}, "ema": self.ema}
+        tensors = {self.objective.part: {name: p for p, name in self.names.items()}, "ema": self.ema}
         for i, optimizer in enumerate(self.optimizers):
             tensors[f"optimizer-{i}"] = checkpoint.optimizer_tensors(optimizer, self.names)
         target = self.output / "checkpoints" / f"step-{self.progress.step:08d}"
@@ -662,11 +598,6 @@ class Trainer:
         """Looks for a bad loss before its weights are saved."""
         if self.recent and not torch.isfinite(self._over_processes(torch.stack(self.recent))).all():
             self._log(0.0)
-
-    def _fit_pending(self) -> None:
-        """Takes what was measured since the last fit into the statistics, without refitting."""
-        for gamma, ce in self._gathered():
-            self.fit.update(gamma.cpu().numpy(), ce.float().cpu().numpy())
 
     def _load(self, folder: Path) -> None:
         state = checkpoint.read_state(folder)
@@ -680,7 +611,7 @@ class Trainer:
                 "delete the folder to resume from an earlier one"
             ) from error
         weights, ema = (
-            checkpoint.read_tensors(folder / f"{name}.safetensors", self.ema) for name in ("denoiser", "ema")
+            checkpoint.read_tensors(folder / f"{name}.safetensors", self.ema) for name in (self.objective.part, "ema")
         )
         self._put(weights)
         for name, average in self.ema.items():
@@ -696,11 +627,7 @@ class Trainer:
         if not (type(step) is type(tokens) is int and min(step, tokens, seconds) >= 0 and math.isfinite(seconds)):
             raise ValueError("step, seconds or tokens is no count")
         self.progress = Progress(step, float(seconds), tokens)
-        bins = self.fit.weight.shape
-        self.fit.load_state_dict(state["schedule"])
-        measured = np.stack([self.fit.weight, self.fit.total])
-        if measured.shape[1:] != bins or not np.isfinite([*measured.flat, self.fit.schedule.gamma(0.5)]).all():
-            raise ValueError("the schedule has other bins, or numbers that are not finite")
+        self.objective.load_state_dict(state)
 
     def _check(self, folder: Path, state: dict[str, Any]) -> None:
         now, then = self._fingerprint(), state.get("fingerprint")

@@ -79,6 +79,16 @@ def test_a_prompt_ends_where_the_text_begins(tokenizer):
     assert batch.target().all()
 
 
+def test_prompts_of_strings_are_those_of_encoded_examples(tokenizer):
+    texts = ["a dog", "a small dog sees the red cat", ""]
+    ours = Prompts.tokenized(tokenizer, texts, 4)
+    theirs = encode([Example("the cat .", t) for t in texts], tokenizer, 6, 4).batch(range(3)).prompts
+    assert torch.equal(ours.present, theirs.present)
+    assert torch.equal(ours.positions, theirs.positions)
+    assert torch.equal(ours.ids, theirs.ids)
+    assert Prompts.tokenized(tokenizer, ["", ""], 4).ids.shape == (2, 1)  # as wide as it takes to be a prompt
+
+
 def test_several_draws_of_a_text_share_its_prompt(tokenizer):
     encoded = encode([Example("the cat .", "a dog"), Example("a tree .", "a small dog sees")], tokenizer, 6, 4)
     batch = encoded.batch([1, 0], draws=3)

@@ -5,8 +5,9 @@ import math
 import pytest
 import yaml
 
-from embdiff.config import TrainConfig, read_config
+from embdiff.config import CHOICES, TrainConfig, read_config
 from embdiff.errors import UserError
+from embdiff.objectives import OBJECTIVES
 
 
 @pytest.mark.parametrize(
@@ -53,6 +54,16 @@ def test_options_without_effect_are_told():
         ["matrix_lr 1.0", "optimizer adamw"],
         ["valid_share 0.1", "validation v.txt"],
     ]
+    noisy = {"infill": 0.3, "draws": 2, "window": 0.1}
+    diffusion = {"schedule": "table", "self_condition": 0.2, "drop_prompt": 0.0, "filter_ramp": 7}
+    assert not TrainConfig(objective="vlb", **noisy, **diffusion).idle()
+    for objective, without in (("masked", diffusion), ("autoregressive", diffusion | noisy)):
+        idle = TrainConfig(objective=objective, **noisy, **diffusion).idle()
+        assert {*idle} == {f"{k} {value} has no effect with objective {objective}" for k, value in without.items()}
+
+
+def test_every_objective_can_be_chosen():
+    assert CHOICES["objective"] == tuple(OBJECTIVES)
 
 
 def test_local_paths_are_stored_in_full(tmp_path, monkeypatch):

@@ -1,25 +1,32 @@
 """Training runs: learning, resuming to the bit, and everything that can go wrong with a run."""
 
+import itertools
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import accelerate
+import numpy as np
 import pytest
 import torch
 
-from embdiff import checkpoint, training
+from embdiff import baselines, checkpoint, losses, training
+from embdiff.baselines import BASELINES
+from embdiff.batches import encode
 from embdiff.config import TrainConfig, read_config
 from embdiff.data import Corpus, Example
 from embdiff.errors import UserError
+from embdiff.objectives import OBJECTIVES
 from embdiff.pipeline import load
 from embdiff.training import Silent, Stopped, train
-from tests.conftest import sentences
+from embdiff.vocabulary import train_word
+from tests.conftest import WORDS, sentences
 
 SMALL = TrainConfig(
     size="tiny",
@@ -192,21 +199,21 @@ def test_trackers_that_are_not_there_are_refused(tmp_path):
 
 def test_nan_stops_with_its_step_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     step_of_nan = 5
-    original = training.losses.cross_entropy
+    original = losses.cross_entropy
     calls = iter(range(1, 100))
 
     def poisoned(*args):
         loss = original(*args)
         return loss._replace(total=loss.total * math.nan) if next(calls) == step_of_nan else loss
 
-    monkeypatch.setattr(training.losses, "cross_entropy", poisoned)
+    monkeypatch.setattr(losses, "cross_entropy", poisoned)
     with pytest.raises(UserError, match=r"nan at step 5.*step-00000004"):
         train(small(save_every=4, max_steps=12), tmp_path / "run", corpus=corpus())
     assert [p.name for p in checkpoint.checkpoints(tmp_path / "run")] == ["step-00000004"]
 
 
 def test_nan_is_told_by_its_step_also_where_the_schedule_is_refitted(tmp_path, monkeypatch):
-    original = training.losses.cross_entropy
+    original = losses.cross_entropy
     calls = iter(range(1, 100))
 
     def poisoned(*args):
@@ -214,7 +221,7 @@ def test_nan_is_told_by_its_step_also_where_the_schedule_is_refitted(tmp_path, m
         bad = next(calls) >= 23
         return loss._replace(total=loss.total * math.nan, cross_entropy=loss.cross_entropy * math.nan) if bad else loss
 
-    monkeypatch.setattr(training.losses, "cross_entropy", poisoned)
+    monkeypatch.setattr(losses, "cross_entropy", poisoned)
     with pytest.raises(UserError, match="nan at step 23"):
         train(small(max_steps=60), tmp_path / "run", corpus=corpus())
 
@@ -511,3 +518,86 @@ def test_what_one_process_refuses_all_refuse(monkeypatch):
 def test_nothing_to_resume_is_said(tmp_path):
     with pytest.raises(UserError, match="nothing to resume"):
         train(SMALL, tmp_path / "none", corpus=corpus(), resume=True)
+
+
+# ------------------------------------------------------------------------------------------------ baselines
+
+
+def parts(run):
+    return checkpoint.read_tensors(run / "model" / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.mark.parametrize("objective", list(BASELINES))
+@pytest.mark.parametrize("prompted", [False, True])
+def test_a_baseline_that_is_stopped_and_resumed_ends_with_the_same_weights(tmp_path, objective, prompted):
+    data, config = corpus(prompted), small(objective=objective)
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    train(config, whole, corpus=data)
+    with pytest.raises(Stopped):
+        train(config, pieces, corpus=data, should_stop=stop_after(3))
+    assert not (pieces / "model").exists()
+    with pytest.raises(UserError, match="not finished"):
+        baselines.load(pieces)
+    train(config, pieces, corpus=data, resume=True)
+    for name, tensor in parts(whole).items():
+        assert torch.equal(tensor, parts(pieces)[name]), name
+
+
+@pytest.mark.parametrize("objective", list(BASELINES))
+def test_a_baseline_learns_what_words_go_together(tmp_path, objective):
+    """Texts whose words decide each other, so that there is much to gain on the words' frequencies."""
+    choices = itertools.product(WORDS[2:8], WORDS[8:12], WORDS[3:6])
+    lines = [f"the {a} {b} {a} near the {b} {c} ." for a, b, c in choices]
+    data = Corpus([Example(line) for line in lines], [Example(line) for line in lines[::7]], [])
+    config = small(
+        objective=objective, max_steps=60, batch_size=32, validate_every=20, save_every=99, ema=0.9, max_length=12
+    )
+    run = train(config, tmp_path / "run", corpus=data)
+    words = Counter(word for line in lines for word in [*line.split(), "<eos>"])
+    entropy = -sum(n / words.total() * math.log(n / words.total()) for n in words.values())
+    bounds = [m["bound"] for m in logged(run) if "bound" in m]
+    assert len(bounds) == 3
+    assert bounds[2] < min(0.5 * entropy, bounds[0])
+    assert {p.suffix for p in run.rglob("*") if p.is_file()} <= {".json", ".jsonl", ".yaml", ".safetensors"}
+    assert {p.name for p in run.iterdir()} == {"run.yaml", "log.jsonl", "tokenizer", "checkpoints", "model"}
+    assert type(baselines.load(run)[0]) is BASELINES[objective]
+
+
+@pytest.mark.parametrize("objective", list(BASELINES))
+def test_muon_gets_the_matrices_of_a_baseline_and_windows_are_the_masked_ones(tmp_path, objective):
+    run = train(small(objective=objective, max_steps=4), tmp_path / "run", corpus=corpus())
+    folder = checkpoint.checkpoints(run)[-1]
+    names = {name.rsplit("/", 1)[0] for name in checkpoint.read_tensors(folder / "optimizer-0.safetensors")}
+    layers = ("qkv", "attention_out", "mlp_in", "mlp_out")
+    assert names == {f"blocks.{i}.{layer}.weight" for i in range(4) for layer in layers}
+    tokens = checkpoint.read_state(folder)["tokens"]
+    texts = 4 * SMALL.batch_size  # without windows, and each text once
+    lengths = [len(e.text.split()) + 1 for e in corpus().train]
+    assert (tokens <= texts * max(lengths)) == (objective == "autoregressive")
+
+
+def test_a_run_goes_on_with_its_own_objective_and_makes_way_for_another(tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(Stopped):
+        train(small(objective="masked"), run, corpus=corpus(), should_stop=stop_after(3))
+    with pytest.raises(UserError, match=r"objective is ce, the run in .* had masked"):
+        train(SMALL, run, corpus=corpus(), resume=True)
+    train(small(objective="autoregressive", max_steps=1), run, corpus=corpus(), overwrite=True)
+    assert baselines.kind(run) == "autoregressive"
+    train(small(max_steps=1), run, corpus=corpus(), overwrite=True)
+    assert not (run / "model").exists()
+    assert load(str(run))
+
+
+def test_processes_share_out_a_batch_of_a_baseline(tmp_path):
+    """Means weighted with the shares that the objective gives are the mean over the whole batch."""
+    for objective in OBJECTIVES:
+        run = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
+        data = encode([Example(s, s[:6]) for s in sentences(8)], train_word(sentences(60), 1), 24, 4)
+        torch.manual_seed(0)
+        whole = OBJECTIVES[objective](small(objective=objective), train_word(sentences(60), 1), 4, run)
+        batch = data.batch(range(8))
+        full, share = whole.loss(batch, slice(0, 8), 5, np.random.default_rng(0))
+        halves = [whole.loss(batch, mine, 5, np.random.default_rng(0)) for mine in (slice(0, 4), slice(4, 8))]
+        assert share == 1.0
+        assert sum(loss.item() * part for loss, part in halves) == pytest.approx(full.item(), rel=1e-4)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 from embdiff.cli.common import duration, quiet, seconds
 from embdiff.errors import UserError
 
+OBJECTIVE_HELP = "ce (cross-entropy), vlb (variational bound), or a baseline: autoregressive, masked."
 DATA_HELP = "A .txt, .jsonl, .csv, .tsv or .parquet file, a folder of them, `docstrings`, or a data set on the hub."
 
 
@@ -49,7 +50,7 @@ def train(
     lr: float | None = typer.Option(None, help="Learning rate of AdamW's parameters."),
     matrix_lr: float | None = typer.Option(None, help="Learning rate of Muon's matrices."),
     ema: float | None = typer.Option(None, help="Decay of the weight average, 0 = off."),
-    objective: str | None = typer.Option(None, help="ce (cross-entropy) or vlb (variational bound)."),
+    objective: str | None = typer.Option(None, help=OBJECTIVE_HELP),
     schedule: str | None = typer.Option(None, help="Noise schedule fitted while training: gumbel or table."),
     infill: float | None = typer.Option(None, help="Share of texts of which a part is given as context."),
     drop_prompt: float | None = typer.Option(None, help="Share of prompts dropped, for guidance."),
@@ -77,6 +78,7 @@ def train(
 def run(options: dict[str, Any], config_file: Path | None, output: Path, resume: bool, overwrite: bool) -> None:
     """Merges the options (the run's own if resumed, then the file's, then the command line's), trains, reports."""
     quiet()
+    from embdiff.baselines import BASELINES
     from embdiff.config import TrainConfig, read_config
     from embdiff.training import train
 
@@ -96,7 +98,10 @@ def run(options: dict[str, Any], config_file: Path | None, output: Path, resume:
     with StopSignal() as stop, Display() as display, stop.reported(display, output):
         train(config, output, resume=resume, overwrite=overwrite, reporter=display, should_stop=stop)
     display.note(f"model written to {output}")
-    display.note(f"sample from it with: embdiff sample {output} --num-samples 5")
+    if config.objective in BASELINES:
+        display.note(f'a baseline; load it in Python with: embdiff.baselines.load("{output}")')
+    else:
+        display.note(f"sample from it with: embdiff sample {output} --num-samples 5")
 
 
 class StopSignal:

@@ -1,12 +1,15 @@
 """embdiff train: what it says in the terminal, and what it keeps of a run."""
 
 import io
+import sys
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
-from embdiff.cli import app
+from embdiff import baselines
+from embdiff.baselines import BASELINES
+from embdiff.cli import app, main
 from embdiff.cli.train import Display
 from tests.conftest import sentences
 
@@ -38,6 +41,27 @@ def test_a_run_reports_its_size_speed_bound_and_what_to_do_next(tmp_path):
     ):
         assert part in result.stderr
     assert yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())["max_steps"] == 10
+
+
+@pytest.mark.parametrize("objective", list(BASELINES))
+def test_a_baseline_is_trained_resumed_and_loaded(tmp_path, capsys, monkeypatch, objective):
+    pairs, out = tmp_path / "pairs.txt", tmp_path / "run"
+    pairs.write_text("\n".join(f"{' '.join(s.split()[:2])}||{s}" for s in sentences(60)))
+    options = "--separator || --size tiny --tokenizer word --min-count 1 --max-length 12 --batch-size 8 --no-compile"
+    start = [str(pairs), *options.split(), "--objective", objective, "--dtype", "fp32", "--max-steps", "4"]
+    for arguments, steps in ((start, 4), (["--resume", "--max-steps", "6"], 6)):
+        result = CliRunner().invoke(app, ["train", *arguments, "--output", str(out)])
+        assert result.exit_code == 0, result.output
+        for part in (f"step {steps}  validation bound", " -> ", f"model written to {out}", "a baseline; load it"):
+            assert part in result.stderr
+    assert "resuming at step 4" in result.stderr
+    model, tokenizer = baselines.load(out)
+    assert len(tokenizer) == model.config.vocab_size
+    monkeypatch.setattr(sys, "argv", ["embdiff", "sample", str(out)])
+    with pytest.raises(SystemExit) as leaving:
+        main()
+    assert leaving.value.code == 2
+    assert f"embdiff: the {objective} model in {out} is a baseline" in capsys.readouterr().err
 
 
 def test_without_a_terminal_progress_is_a_line_now_and_then():
