@@ -20,7 +20,7 @@ from torch import Tensor
 from embdiff import ops
 from embdiff.batches import Batch, Encoded
 from embdiff.errors import UserError
-from embdiff.losses import variational_bound
+from embdiff.losses import prompt_context, variational_bound
 from embdiff.noise import NoiseSchedule, alpha_sigma
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def integrate(
     frozen = [p for p in denoiser.parameters() if p.requires_grad]
     denoiser.requires_grad_(False)  # only z is differentiated: autograd then keeps half as much
     try:
-        context = _context(denoiser, batch)
+        context = prompt_context(batch, denoiser.encode_context)
         total = z.new_zeros(len(z))
         # Even in gamma: a fitted schedule's quantiles run off at its ends, and so would dz/dt.
         levels = np.linspace(float(schedule.gamma(0.0)), float(schedule.gamma(1.0)), steps + 1)
@@ -184,14 +184,6 @@ def flow(
         velocity = 0.5 * alpha * (alpha * z - x0)
         (along,) = torch.autograd.grad((velocity * probe).sum(), z)
     return velocity.detach(), (along * probe).sum((1, 2))
-
-
-def _context(denoiser: Denoiser, batch: Batch) -> Context | None:
-    if batch.prompts is None:
-        return None
-    prompts = batch.prompts
-    context = denoiser.encode_context(prompts.ids, prompts.present, prompts.positions).repeat(batch.draws)
-    return context if batch.prompted is None else context.hidden_from(batch.prompted)
 
 
 def _over(

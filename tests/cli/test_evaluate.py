@@ -72,6 +72,17 @@ def test_a_judge_may_be_a_transformers_model(run, tmp_path):
     assert list(json.loads(evaluated("eval", run, *options))["samples"]["cross_entropy"]) == ["little", "1-gram"]
 
 
+def test_a_judge_is_trained_by_one_command(run, tmp_path):
+    texts, judge = tmp_path / "texts.txt", tmp_path / "reader"
+    texts.write_text("\n".join(sentences(80)))
+    evaluated(
+        "train", texts, "-o", judge, *SMALL, "--objective", "autoregressive", "--max-steps", "2", "--max-length", "48"
+    )
+    options = ["--judge", judge, "-n", "8", "--steps", "1", "--bound", "0", "--json"]
+    found = json.loads(evaluated("eval", run, *options))
+    assert 0 < found["real"]["cross_entropy"]["reader"] < 10
+
+
 def test_frontier_compares_samplers_with_as_many_real_texts(run, tmp_path):
     picture = tmp_path / "frontier.svg"
     options = ["--steps", "1", "--steps", "2", "--solver", "own", "--solver", "unipc", "--temperature", "0.5"]
@@ -94,7 +105,7 @@ def test_frontier_compares_samplers_with_as_many_real_texts(run, tmp_path):
         (["eval", "RUN", "--data", "TINY"], "2 texts are too few"),
         (["eval", "RUN", "--data", "EMPTY"], "EMPTY"),
         (["eval", "RUN", "--judge", "0-gram"], "0-gram"),
-        (["eval", "RUN", "--judge", "RUN"], "baseline"),
+        (["eval", "RUN", "--judge", "RUN"], "no baseline"),
         (["eval", "RUN", "--judge", "2-gram", "--judge", "2-gram"], "each judge once"),
         (["eval", "RUN", "--references", "TINY"], "no reference"),
         (["eval", "RUN", "--output", "TINY"], "--overwrite"),

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from embdiff.baselines import AutoregressiveModel
 from embdiff.errors import UserError
-from embdiff.evaluation.judges import NGramJudge, TransformersJudge, cross_entropy, judge_of
+from embdiff.evaluation.judges import AutoregressiveJudge, NGramJudge, TransformersJudge, cross_entropy, judge_of
 from tests.conftest import sentences
 
 
@@ -56,6 +57,23 @@ def test_another_tokenizer_of_the_same_model_of_words_changes_nothing(gpt2):
             p.zero_()
     words = len(judge.tokenizer)
     assert np.allclose(judge.nats(["the cat", "a"]), [3 * math.log(words), 2 * math.log(words)])
+
+
+def test_an_autoregressive_judge_pays_for_words_and_ends(tokenizer):
+    torch.manual_seed(0)
+    sizes = {"width": 16, "depth": 1, "heads": 2, "max_length": 12}
+    ends = {"end_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id}
+    model = AutoregressiveModel(len(tokenizer), **sizes, **ends)
+    with torch.no_grad():
+        model.head.weight.zero_()
+    judge = AutoregressiveJudge(model, tokenizer, "uniform")
+    texts = ["the cat", "the cat sees a dog .", ""]
+    assert np.allclose(judge.nats(texts), [n * math.log(len(tokenizer) - 1) for n in (3, 7, 1)])
+    with pytest.raises(UserError, match="1 texts are longer than the 12 tokens of the judge uniform"):
+        judge.nats(["the " * 12, "a"])
+    prompted = AutoregressiveModel(len(tokenizer), **sizes, **ends, max_prompt_length=4)
+    with pytest.raises(UserError, match="trained with prompts"):
+        AutoregressiveJudge(prompted, tokenizer)
 
 
 def test_texts_do_not_change_each_others_scores(gpt2):
