@@ -112,7 +112,7 @@ def baseline_nats(model: Any, texts: Encoded) -> float:
     for start in range(0, len(texts), BATCH):
         batch = texts.batch(range(start, min(start + BATCH, len(texts))))
         with torch.no_grad():
-            nats = model.bound(batch, generator) if hasattr(model, "bound") else -model.log_probs(batch).sum(1)
+            nats = model.bound(batch, generator, 12) if hasattr(model, "bound") else -model.log_probs(batch).sum(1)
         total += float(nats.double().sum())
     return total / texts.tokens
 

@@ -33,6 +33,10 @@ class TrainConfig:
     min_count: int = 2
 
     size: str = "small"
+    dim: int | None = None
+    width: int | None = None
+    depth: int | None = None
+    heads: int | None = None
     max_length: int = 64
     max_prompt_length: int = 64
     on_long: str = "truncate"
@@ -90,6 +94,10 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise UserError(f"{name} {value} is out of range: give a number above 0")
+        for name in SHAPE:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} {value} is out of range: give 1 or more")
         if not 0 <= self.ema < 1:
             raise UserError(f"ema {self.ema} is out of range: give a decay from 0 (off) to below 1")
 
@@ -97,6 +105,12 @@ class TrainConfig:
     def steps(self) -> int | None:
         """max_steps; 10,000 where neither steps nor time are limited."""
         return 10_000 if self.max_steps is None and self.max_time is None else self.max_steps
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """Dimensions of the model: those of `size`, but for the ones that are given."""
+        given = {name: getattr(self, name) for name in SHAPE}
+        return SIZES[self.size] | {name: value for name, value in given.items() if value is not None}
 
     def located(self) -> TrainConfig:
         """The same run with local paths in full, so that it can be resumed from any folder."""
@@ -131,6 +145,7 @@ class TrainConfig:
         fresh.replace(folder / "run.yaml")
 
 
+SHAPE = ("dim", "width", "depth", "heads")
 CHOICES = {
     "size": tuple(SIZES),
     "optimizer": ("muon", "adamw"),
@@ -144,7 +159,7 @@ LOWEST = {
     "validate_every": 1, "log_every": 1, "seed": 0, "warmup": 0, "filter_ramp": 0, "previews": 0, "weight_decay": 0,
 }  # fmt: skip
 # Options that only some objectives look at: diffusion, and all that look at texts through noise or a mask.
-DIFFUSION_ONLY = ("schedule", "self_condition", "drop_prompt", "filter_ramp")
+DIFFUSION_ONLY = ("dim", "schedule", "self_condition", "drop_prompt", "filter_ramp")
 NOISY_ONLY = ("infill", "window", "draws")
 LARGEST = 2**63 - 1  # torch's seeds and sizes are 64-bit
 # What decides the weights of a run beside data and model: a resumed run must have the same.

@@ -19,7 +19,7 @@ from torch import Tensor
 from embdiff import checkpoint, losses
 from embdiff.baselines import FOLDER, AutoregressiveModel, Baseline, MaskedModel
 from embdiff.batches import Batch, Mixture, Prompts
-from embdiff.denoiser import SIZES, Denoiser
+from embdiff.denoiser import Denoiser
 from embdiff.noise import FITS, GumbelSchedule
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class Diffusion(Objective):
 
     def new_model(self, shape: Mapping[str, int]) -> Denoiser:
         """A denoiser with its initial weights."""
-        return cast(Denoiser, Denoiser(**shape, **SIZES[self.config.size]))
+        return cast(Denoiser, Denoiser(**shape, **self.config.shape))
 
     def loss(self, batch: Batch, mine: slice, step: int, generator: np.random.Generator) -> tuple[Tensor, float]:
         """At noise levels in strata of the fitted schedule."""
@@ -225,7 +225,7 @@ class BaselineObjective(Objective):
         checkpoint.save_folder(output / self.part, self.model.save_pretrained)
 
     def _backbone(self) -> dict[str, int]:
-        return {name: value for name, value in SIZES[self.config.size].items() if name != "dim"}
+        return {name: value for name, value in self.config.shape.items() if name != "dim"}
 
 
 class Autoregressive(BaselineObjective):

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from embdiff.config import CHOICES, TrainConfig, read_config
+from embdiff.denoiser import SIZES
 from embdiff.errors import UserError
 from embdiff.objectives import OBJECTIVES
 
@@ -24,6 +25,8 @@ from embdiff.objectives import OBJECTIVES
         ("weight_decay", math.inf),
         ("warmup", math.inf),
         ("seed", 2**63),
+        ("dim", 0),
+        ("depth", 2.5),
         ("seed", 10**400),
         ("lr", 10**400),
     ],
@@ -60,6 +63,11 @@ def test_options_without_effect_are_told():
     for objective, without in (("masked", diffusion), ("autoregressive", diffusion | noisy)):
         idle = TrainConfig(objective=objective, **noisy, **diffusion).idle()
         assert {*idle} == {f"{k} {value} has no effect with objective {objective}" for k, value in without.items()}
+
+
+def test_the_shape_is_that_of_the_size_but_for_what_is_given():
+    assert TrainConfig(size="tiny").shape == SIZES["tiny"]
+    assert TrainConfig(size="tiny", dim=7, depth=3).shape == SIZES["tiny"] | {"dim": 7, "depth": 3}
 
 
 def test_every_objective_can_be_chosen():

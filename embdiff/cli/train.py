@@ -32,6 +32,10 @@ def train(
     max_steps: int | None = typer.Option(None, help="Stop after this many steps."),
     max_time: str | None = typer.Option(None, help="Stop after this time: 90s, 15m, 1h30m."),
     size: str | None = typer.Option(None, help="tiny, mini, small, medium or base."),
+    dim: int | None = typer.Option(None, help="Of the embeddings, instead of the size's."),
+    width: int | None = typer.Option(None, help="Of the Transformer, instead of the size's."),
+    depth: int | None = typer.Option(None, help="Layers, instead of the size's."),
+    heads: int | None = typer.Option(None, help="Of attention, instead of the size's."),
     batch_size: int | None = typer.Option(None, help="Examples a step and device."),
     accumulate: int | None = typer.Option(None, help="Batches whose gradients are added up to one step."),
     max_length: int | None = typer.Option(None, help="Tokens of text, the end included."),
@@ -50,6 +54,8 @@ def train(
     lr: float | None = typer.Option(None, help="Learning rate of AdamW's parameters."),
     matrix_lr: float | None = typer.Option(None, help="Learning rate of Muon's matrices."),
     ema: float | None = typer.Option(None, help="Decay of the weight average, 0 = off."),
+    window: float | None = typer.Option(None, help="Share of steps that look at the first positions only."),
+    self_condition: float | None = typer.Option(None, help="Share of steps with self-conditioning."),
     objective: str | None = typer.Option(None, help=OBJECTIVE_HELP),
     schedule: str | None = typer.Option(None, help="Noise schedule fitted while training: gumbel or table."),
     infill: float | None = typer.Option(None, help="Share of texts of which a part is given as context."),
@@ -100,6 +106,8 @@ def run(options: dict[str, Any], config_file: Path | None, output: Path, resume:
     display.note(f"model written to {output}")
     if config.objective in BASELINES:
         display.note(f'a baseline; load it in Python with: embdiff.baselines.load("{output}")')
+        if config.objective == "autoregressive":
+            display.note(f"or let it judge another model: embdiff eval MODEL --judge {output}")
     else:
         display.note(f"sample from it with: embdiff sample {output} --num-samples 5")
 
