@@ -12,6 +12,10 @@ import torch
 from embdiff.cli.common import quiet
 from embdiff.cli.train import Display
 from embdiff.config import TrainConfig, read_config
+from embdiff.data import read_examples
+from embdiff.evaluation.frontier import point
+from embdiff.evaluation.judges import Judge
+from embdiff.evaluation.samples import as_written
 from embdiff.pipeline import TextDiffusionPipeline, load
 from embdiff.training import train
 
@@ -55,6 +59,18 @@ def write(path: Path, figures: dict[str, Any]) -> None:
     text = json.dumps(figures | {"machine": machine()}, indent=1)
     print(text)
     path.write_text(text + "\n")
+
+
+def judged(judge: Judge, texts: list[str]) -> dict[str, float]:
+    """The four numbers that say most; texts as the model could have written them."""
+    found = point(judge, texts)
+    return {"cross_entropy": round(found.cross_entropy, 4), "unigram_entropy": round(found.entropy, 4),
+            "mean_words": round(found.mean_words, 2), "distinct_4": round(found.distinct_4, 4)}  # fmt: skip
+
+
+def real_texts(pipe: TextDiffusionPipeline, path: Path) -> list[str]:
+    """The texts of a file as the model could have written them."""
+    return as_written(pipe.tokenizer, [example.text for example in read_examples(str(path))])
 
 
 def generators(start: int, count: int) -> list[torch.Generator]:

@@ -8,16 +8,15 @@ Entropy grows with the number of samples, so the real text beside them is as man
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
 import typer
-from common import machine
-from e2e_text import draw, judged
+from common import judged, machine, real_texts
 
 from embdiff.cli.common import quiet
-from embdiff.evaluation.ngram import NGram
+from embdiff.evaluation.judges import NGramJudge
+from embdiff.evaluation.samples import draw, some
 from embdiff.pipeline import load
 from embdiff.schedulers import scheduler_class
 
@@ -52,13 +51,13 @@ def main(
     pipe = load(str(model))
     pipe.set_progress_bar_config(disable=True)
     trained = pipe.scheduler
-    train_lines, valid_lines = ((data / f"{part}.txt").read_text().splitlines() for part in ("train", "valid"))
-    judge = NGram.fit(train_lines, order=5, min_count=11)
-    rows = [("real text", judged(judge, random.Random(0).sample(valid_lines, samples)))]
+    judge = NGramJudge(real_texts(pipe, data / "train.txt"))
+    rows = [("real text", judged(judge, some(real_texts(pipe, data / "valid.txt"), samples)))]
     for setting in SETTINGS:
         options = dict(setting)
         pipe.scheduler = scheduler_class(options.pop("scheduler", "renoise")).from_config(trained.config)
-        rows.append((describe(setting), judged(judge, draw(pipe, samples, steps, **options))))
+        texts = draw(pipe, [None] * samples, num_inference_steps=steps, **options)
+        rows.append((describe(setting), judged(judge, texts)))
         print(rows[-1], flush=True)
     results.write_text(table(rows, samples, steps))
 

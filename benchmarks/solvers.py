@@ -9,19 +9,18 @@ texts under a 3-gram of the samples. Entropy grows with the number of samples, s
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import matplotlib
 import typer
-from common import write
-from e2e_text import judged
+from common import judged, real_texts, write
 
 from embdiff.cli.common import quiet
 from embdiff.data import Example
-from embdiff.evaluation.ngram import NGram
+from embdiff.evaluation.judges import NGramJudge
+from embdiff.evaluation.samples import some
 from embdiff.pipeline import load
 from embdiff.schedulers import SCHEDULERS
 from embdiff.tuning import Examiner
@@ -42,10 +41,10 @@ def main(
     quiet()
     pipe = load(str(model))
     pipe.set_progress_bar_config(disable=True)
-    train, valid = ((data / f"{part}.txt").read_text().splitlines() for part in ("train", "valid"))
-    real = random.Random(0).sample(valid, samples)
+    train, valid = (real_texts(pipe, data / f"{part}.txt") for part in ("train", "valid"))
+    real = some(valid, samples)
     examiner = Examiner(pipe, [Example(line) for line in train], [Example(line) for line in real], samples=samples)
-    judge = NGram.fit(train, order=5, min_count=11)
+    judge = NGramJudge(train)
     rows: list[dict[str, Any]] = []
     curves: dict[str, list[float]] = {}
     for name in (name for name in SCHEDULERS if name not in SAME):

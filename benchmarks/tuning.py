@@ -8,18 +8,17 @@ drawn at several temperatures, so that its 5-gram cross-entropy can be read off 
 
 from __future__ import annotations
 
-import random
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import typer
-from common import write
-from e2e_text import judged
+from common import judged, real_texts, write
 
 from embdiff.cli.common import quiet
 from embdiff.data import Example
-from embdiff.evaluation.ngram import NGram
+from embdiff.evaluation.frontier import Point, cross_entropy_at, point
+from embdiff.evaluation.judges import Judge, NGramJudge
+from embdiff.evaluation.samples import some
 from embdiff.pipeline import load
 from embdiff.tuning import Examiner, Trial, tune
 
@@ -38,42 +37,36 @@ def main(
     quiet()
     pipe = load(str(model))
     pipe.set_progress_bar_config(disable=True)
-    train, valid = ((data / f"{part}.txt").read_text().splitlines() for part in ("train", "valid"))
-    texts, real = ([Example(line) for line in lines] for lines in (train, random.Random(0).sample(valid, 500)))
+    train, valid = (real_texts(pipe, data / f"{part}.txt") for part in ("train", "valid"))
+    texts, real = ([Example(line) for line in lines] for lines in (train, some(valid, 500)))
     examiner = Examiner(pipe, texts, real, samples=tuning_samples)
-    judge = NGram.fit(train, order=5, min_count=11)
-    figures: dict[str, Any] = {"samples": samples, "real": judged(judge, random.Random(0).sample(valid, samples))}
+    judge = NGramJudge(train)
+    figures: dict[str, Any] = {"samples": samples, "real": judged(judge, some(valid, samples))}
     for n in steps:
         best = tune(examiner, [n], lambda trial: print(tuple(trial), round(trial.charge, 3), flush=True))[n]
         figures[f"{n} steps"] = compared(examiner, judge, best, samples)
         write(results, figures)
 
 
-def compared(examiner: Examiner, judge: NGram, best: Trial, samples: int) -> dict[str, Any]:
+def compared(examiner: Examiner, judge: Judge, best: Trial, samples: int) -> dict[str, Any]:
     """The choice and DDIM on new seeds."""
 
-    def row(solver: str, options: dict[str, Any], temperature: float, power: float) -> dict[str, Any]:
+    def place(solver: str, options: dict[str, Any], temperature: float, power: float) -> Point:
         scheduler = examiner.scheduler(solver, options, {best.steps: power})
         texts = fresh.draw(scheduler, best.steps, temperature)
-        found = {"solver": solver, **options, "temperature": temperature, "power": power, **judged(judge, texts)}
-        print(found, flush=True)
-        return found
+        print(solver, options, temperature, power, judged(judge, texts), flush=True)
+        return point(judge, texts, solver, best.steps, temperature)
 
     fresh = examiner.with_seeds(100_000, samples)
-    own = row(best.solver, best.options, best.temperature, best.power)
-    ddim = [row("ddim", {}, temperature, 1.0) for temperature in TEMPERATURES]
-    equal = at_entropy(ddim, own["unigram_entropy"])
-    better = None if equal is None else round(equal - own["cross_entropy"], 3)
-    return {"tuned": own, "ddim": ddim, "ddim_at_equal_entropy": equal, "better_by": better}
-
-
-def at_entropy(rows: list[dict[str, Any]], entropy: float) -> float | None:
-    """Cross-entropy between two neighbours on a line through them; None outside of all."""
-    for low, high in pairwise(rows):
-        if low["unigram_entropy"] <= entropy <= high["unigram_entropy"]:
-            share = (entropy - low["unigram_entropy"]) / (high["unigram_entropy"] - low["unigram_entropy"])
-            return round(low["cross_entropy"] + share * (high["cross_entropy"] - low["cross_entropy"]), 4)
-    return None
+    own = place(best.solver, best.options, best.temperature, best.power)
+    ddim = [place("ddim", {}, temperature, 1.0) for temperature in TEMPERATURES]
+    equal = cross_entropy_at(ddim, own.entropy)
+    return {
+        "tuned": own._asdict() | best.options | {"power": best.power},
+        "ddim": [found._asdict() for found in ddim],
+        "ddim_at_equal_entropy": equal,
+        "better_by": None if equal is None else round(equal - own.cross_entropy, 3),
+    }
 
 
 if __name__ == "__main__":
