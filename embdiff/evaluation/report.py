@@ -113,7 +113,7 @@ def run(pipe: TextDiffusionPipeline, seconds: float) -> Figures:
         "parameters": sum(p.numel() for p in pipe.denoiser.parameters()),
         "scheduler": {
             "name": type(pipe.scheduler).__name__,
-            **{key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")},
+            **{key: value for key, value in pipe.scheduler.config.items() if key[0] != "_" and key != "trained_betas"},
         },
         "temperature": pipe.config.temperature,
         "seconds": round(seconds, 1),
