@@ -18,7 +18,7 @@ import numpy as np
 from embdiff.errors import UserError
 from embdiff.evaluation import metrics
 from embdiff.evaluation.judges import Judge, cross_entropy
-from embdiff.evaluation.likelihood import Likelihood, bound, flow_bound
+from embdiff.evaluation.likelihood import TOLERANCE, Likelihood, bound, flow_bound
 from embdiff.evaluation.mauve import divergence
 from embdiff.evaluation.ngram import NGram
 from embdiff.evaluation.samples import as_written, draw, some
@@ -39,7 +39,7 @@ class Protocol:
     samples: texts to draw, the i-th from seed + i; 0 = none. steps: of sampling. mbr: candidates for each prompt of
     which the one nearest to the others is kept as well (a second set of figures); 0 = off. lowercase: before comparing
     with references. bound_texts: for the variational bound, None = all, 0 = none. levels: noise levels for each of
-    them. flow_texts, flow_steps: of the flow's bound. options: of the pipeline's call.
+    them. flow_texts, flow_tolerance: of the flow's bound. options: of the pipeline's call.
     """
 
     samples: int = 1000
@@ -51,11 +51,11 @@ class Protocol:
     bound_texts: int | None = None
     levels: int = 4
     flow_texts: int = 0
-    flow_steps: int = 32
+    flow_tolerance: float = TOLERANCE
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        lowest = {"samples": 0, "steps": 1, "batch_size": 1, "mbr": 0, "flow_texts": 0, "flow_steps": 1}
+        lowest = {"samples": 0, "steps": 1, "batch_size": 1, "mbr": 0, "flow_texts": 0}
         for name, least in lowest.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name} {getattr(self, name)} is out of range: give {least} or more")
@@ -202,7 +202,7 @@ def _likelihoods(
     if protocol.bound_texts != 0:
         figures["bound"] = measured(protocol.bound_texts, "bound", bound, samples=protocol.levels)
     if protocol.flow_texts:
-        figures["flow"] = measured(protocol.flow_texts, "flow", flow_bound, steps=protocol.flow_steps)
+        figures["flow"] = measured(protocol.flow_texts, "flow", flow_bound, tolerance=protocol.flow_tolerance)
     return figures
 
 

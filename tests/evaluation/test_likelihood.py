@@ -12,7 +12,7 @@ from embdiff.data import Example
 from embdiff.denoiser import Denoiser
 from embdiff.errors import UserError
 from embdiff.evaluation.likelihood import bound, flow, flow_bound, flow_nats, integrate
-from embdiff.noise import CosineSchedule, GumbelSchedule
+from embdiff.noise import CosineSchedule, GumbelSchedule, alpha_sigma
 from tests.conftest import lively, sentences
 from tests.test_losses import Uniform
 
@@ -37,7 +37,7 @@ def test_both_bounds_of_the_exact_denoiser_are_the_entropy_of_uniform_tokens(sch
     torch.manual_seed(0)
     model = Uniform(20, dim=16, width=8, depth=1, heads=2, condition_width=8).eval()
     texts = tokens(200, 4, 20)
-    for found in (bound(model, texts, schedule, samples=8), flow_bound(model, texts, schedule, steps=16)):
+    for found in (bound(model, texts, schedule, samples=8), flow_bound(model, texts, schedule, self_condition=False)):
         assert found.nats_per_token == pytest.approx(math.log(20), abs=4 * found.noise_error + 0.02)
         assert found.tokens == 800
         assert found.texts == 200
@@ -57,20 +57,28 @@ def test_the_flow_agrees_with_scipys_adaptive_integrator_and_the_exact_divergenc
         velocity, divergence = flow(model, None, z, gamma, unit, self_condition)
         return np.append(velocity[0].reshape(-1).numpy(), float(divergence.sum()))
 
-    exact = solve_ivp(slope, (-2, 4), np.append(start.numpy().reshape(-1), 0.0), rtol=1e-6, atol=1e-6).y[:, -1]
+    state = np.append(start.numpy().reshape(-1), 0.0)
+    exact = solve_ivp(slope, (-2, 4), state, method="LSODA", rtol=1e-7, atol=1e-7).y[:, -1]
     rows = Batch(batch.ids.expand(size, -1))
-    z, divergence = integrate(model, rows, schedule, start.expand(size, -1, -1), unit, 128, self_condition)
+    z, divergence = integrate(model, rows, schedule, start.expand(size, -1, -1), unit, 1e-4, self_condition)
     assert np.allclose(z[0].reshape(-1).numpy(), exact[:-1], atol=2e-3)
     assert float(divergence.sum()) == pytest.approx(exact[-1], abs=1e-2)
 
 
-def test_the_integrator_is_of_fourth_order():
-    model, schedule = small_model().double(), CosineSchedule(-2, 2)
-    rows = Batch(torch.tensor([[3, 7]]))
-    z = torch.randn(1, 2, model.dim, generator=torch.Generator().manual_seed(1))
-    probe = torch.ones_like(z)
-    ends = [integrate(model, rows, schedule, z, probe, n)[1].item() for n in (8, 16, 64)]
-    assert abs(ends[0] - ends[2]) > 6 * abs(ends[1] - ends[2])
+def test_the_flow_of_one_token_with_its_whole_divergence_gives_the_entropy_without_noise():
+    """Every direction probed, so nothing is left to chance but z at the clean end."""
+    V, D, texts = 40, 16, 24
+    torch.manual_seed(0)
+    model, schedule = Uniform(V, dim=D, width=8, depth=1, heads=2, condition_width=8).eval(), CosineSchedule(-3, 8)
+    ids = torch.randint(V, (texts, 1))
+    alpha, sigma = (float(v) for v in alpha_sigma(torch.tensor(-3.0)))
+    eps = torch.randn(texts, 1, D)
+    z = (alpha * model.space.embed(ids) + sigma * eps).detach().repeat_interleave(D, 0)
+    probes = torch.eye(D).reshape(D, 1, D).repeat(texts, 1, 1)
+    end, along = integrate(model, Batch(ids.repeat_interleave(D, 0)), schedule, z, probes, self_condition=False)
+    log_p = -0.5 * end[::D].square().sum((1, 2)) + along.reshape(texts, D).sum(1)
+    nats = -0.5 * eps.square().sum((1, 2)) - D * math.log(sigma) - log_p
+    assert float(nats.mean()) == pytest.approx(math.log(V), abs=0.12)
 
 
 def test_the_divergence_goes_through_both_passes():
@@ -89,7 +97,7 @@ def test_the_flow_leaves_the_weights_as_they_were():
     model = small_model()
     model.requires_grad_(True)
     model.head.weight.requires_grad_(False)
-    flow_nats(model, Batch(torch.tensor([[1, 2]])), CosineSchedule(-2, 2), torch.Generator(), steps=1)
+    flow_nats(model, Batch(torch.tensor([[1, 2]])), CosineSchedule(-2, 2), torch.Generator(), tolerance=0.5)
     assert not model.head.weight.requires_grad
     assert all(p.requires_grad for name, p in model.named_parameters() if name != "head.weight")
     assert all(p.grad is None for p in model.parameters())
@@ -100,7 +108,7 @@ def test_the_noise_error_says_how_far_other_seeds_lie():
     found = [bound(model, texts, schedule, samples=2, seed=s, batch_size=4) for s in range(12)]
     spread = np.std([f.nats_per_token for f in found], ddof=1)
     claimed = np.sqrt(np.mean([f.noise_error**2 for f in found]))
-    assert 0.4 < claimed / spread < 2.5
+    assert 0.7 < claimed / spread < 4
 
 
 def test_the_standard_error_falls_with_the_root_of_the_texts():
@@ -118,7 +126,7 @@ def test_prompts_are_context_and_not_charged(denoiser, tokenizer):
     assert found.tokens == sum(len(text.text.split()) + 1 for text in texts)
     bare = encode([Example(text.text) for text in texts], tokenizer, 12)
     assert found.nats_per_token != bound(denoiser, bare, schedule).nats_per_token
-    assert math.isfinite(flow_bound(denoiser, encoded, schedule, steps=2).nats_per_token)
+    assert math.isfinite(flow_bound(denoiser, encoded, schedule, tolerance=0.1).nats_per_token)
 
 
 def test_bad_input_is_refused():
@@ -127,8 +135,8 @@ def test_bad_input_is_refused():
         bound(model, tokens(1, 3, 12).first(0), schedule)
     with pytest.raises(UserError, match="even number"):
         bound(model, tokens(2, 3, 12), schedule, samples=3)
-    with pytest.raises(UserError, match="at least 1"):
-        flow_bound(model, tokens(2, 3, 12), schedule, steps=0)
+    with pytest.raises(UserError, match="tolerance 0"):
+        flow_bound(model, tokens(2, 3, 12), schedule, tolerance=0)
     known = Batch(torch.tensor([[1, 2]]), known=torch.tensor([[True, False]]))
     with pytest.raises(UserError, match="whole texts"):
         flow_nats(model, known, schedule, torch.Generator())

@@ -37,7 +37,7 @@ def test_the_same_call_gives_the_same_figures_whatever_the_batch(pipe, pairs):
 
 def test_a_report_has_every_part(pipe, pairs):
     told: list[tuple[str, int, int]] = []
-    protocol = Protocol(samples=8, steps=2, mbr=3, bound_texts=7, flow_texts=2, flow_steps=2, levels=2)
+    protocol = Protocol(samples=8, steps=2, mbr=3, bound_texts=7, flow_texts=2, flow_tolerance=0.1, levels=2)
     found = evaluate(
         pipe, pairs, JUDGES, protocol, train=sentences(60), advance=lambda *progress: told.append(progress)
     )
