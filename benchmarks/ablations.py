@@ -34,6 +34,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "dim 32": {"dim": 32},
     "dim 128": {"dim": 128},
     "batch 32": {"batch_size": 32, "steps": 2.0},
+    "batch 16": {"batch_size": 16, "steps": 4.0},
     "width 256": {"width": 256, "heads": 4, "steps": 0.61},
     "depth 9": {"depth": 9, "steps": 0.67},
     "rates x 1.5": {"matrix_lr": 6e-3, "lr": 3e-3},
