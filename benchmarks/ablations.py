@@ -75,7 +75,10 @@ def main(
         })  # fmt: skip
         pipe = trained(output / name.replace(" ", "-").replace(":", ""), config)
         judge = judge or NGramJudge(as_written(pipe.tokenizer, texts["train"]))
-        lines = encode([Example(text) for text in some(texts["valid"], 600, seed=1)], pipe.tokenizer, 64)
+        lines = encode(
+            [Example(text) for text in some(texts["valid"], 600, seed=1)], pipe.tokenizer,
+            pipe.denoiser.config.max_length, on_long="drop",
+        )  # fmt: skip
         found = bound(pipe.denoiser, lines, pipe.scheduler.noise_schedule)
         row = {"steps": steps, "bound": round(found.nats_per_token, 4), "noise_error": round(found.noise_error, 4)}
         for n, temperature in ((32, 0.76), (8, 0.5)):

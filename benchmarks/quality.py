@@ -1,8 +1,8 @@
 """Text quality in the same budget: ours, masked diffusion (MDLM) and an autoregressive model.
 
-    python benchmarks/quality.py TRAIN VALID --output runs/quality --max-time 15m python benchmarks/quality.py TRAIN
-    VALID --output runs/quality --max-steps 3900     or so many steps each python benchmarks/quality.py TRAIN VALID
-    --output runs/quality                      again: continues, or only measures
+    python benchmarks/quality.py TRAIN VALID --output runs/quality --max-time 15m
+    python benchmarks/quality.py TRAIN VALID --output runs/quality --max-steps 3900      or so many steps
+    python benchmarks/quality.py TRAIN VALID --output runs/quality                      again: goes on, or measures
 
 TRAIN and VALID are text files, one text a line.
 
@@ -29,12 +29,13 @@ from embdiff.batches import Encoded, encode
 from embdiff.cli.common import seconds
 from embdiff.config import TrainConfig
 from embdiff.data import read_examples
+from embdiff.errors import UserError
 from embdiff.evaluation.frontier import Point, cross_entropy_at, frontier, picture, point
 from embdiff.evaluation.judges import Judge, NGramJudge
 from embdiff.evaluation.likelihood import bound
 from embdiff.evaluation.samples import as_written, some
 from embdiff.pipeline import load
-from embdiff.vocabulary import decode
+from embdiff.vocabulary import decode, fingerprint
 
 BATCH = 50
 
@@ -52,7 +53,7 @@ def main(
     ours: Path | None = typer.Option(None, help="Our model, where it is trained already."),
     steps: list[int] = typer.Option([8, 16, 32], help="Sampling steps."),
     solver: list[str] = typer.Option(["renoise", "dpm++3m-sde", "unipc"], help="Of ours."),
-    temperature: list[float] = typer.Option([0.5, 0.65, 0.8, 0.9, 1.0], help="Temperatures."),
+    temperature: list[float] = typer.Option([0.5, 0.65, 0.8, 0.9, 1.0, 1.2], help="Temperatures."),
     samples: int = typer.Option(400, help="Texts for each point."),
     results: Path = typer.Option(Path("benchmarks/results/quality.json"), help="Where the figures go."),
 ) -> None:
@@ -85,6 +86,8 @@ def main(
             )
         else:
             model, words = baselines.load(folder)
+            if fingerprint(words) != fingerprint(pipe.tokenizer):
+                raise UserError(f"{folder} has another vocabulary than {folders['ce']}: train both on the same texts")
             nats = baseline_nats(model.eval(), texts)
             counts = steps if name == "masked" else [max_length]
             found = [baseline_point(model, words, judge, name, n, t, samples) for n in counts for t in temperature]

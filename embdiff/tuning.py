@@ -73,11 +73,15 @@ class Examiner:
         seed: int = 0,
         **options: Any,
     ) -> None:
+        if not isinstance(pipe.scheduler, EmbeddingScheduler):
+            name = type(pipe.scheduler).__name__
+            raise UserError(f"the model has {name}, which has no levels to tune: give it an embdiff scheduler first")
         if not train or not valid:
             raise UserError("no texts to judge by: name a file with some hundred of them")
         self.pipe, self.samples, self.seed, self.options = pipe, samples, seed, options
         self.trained = pipe.scheduler
         self.judge = NGram.fit([example.text for example in train], order=5, min_count=2)
+        self.words = frozenset(self.judge.vocabulary)
         self.real = [self._known(example.text) for example in valid]
         prompts = [example.prompt for example in valid] if pipe.denoiser.config.max_prompt_length else []
         self.prompts = [prompts[i % len(prompts)] if prompts else None for i in range(samples)]
@@ -120,7 +124,7 @@ class Examiner:
             self.pipe.scheduler = self.trained
 
     def _known(self, text: str) -> str:
-        return " ".join(word if word in self.judge.vocabulary else "<unk>" for word in text.split())
+        return " ".join(word if word in self.words else "<unk>" for word in text.split())
 
 
 def tune(

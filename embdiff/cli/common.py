@@ -109,15 +109,16 @@ def load_pipeline(model: str, device_name: str = "cpu", dtype_name: str = "fp32"
 
 def set_scheduler(pipe: TextDiffusionPipeline, solver: str | None, noise_schedule: str | None = None) -> None:
     """Another solver, and levels even in another schedule's time, over the noise schedule that the model has."""
-    from embdiff.schedulers import EmbeddingScheduler, scheduler_class
+    from embdiff.schedulers import EmbeddingScheduler, with_solver
 
-    if solver is None and noise_schedule is None:
+    if solver is not None:
+        pipe.scheduler = with_solver(pipe.scheduler, solver)
+    if noise_schedule is None:
         return
-    cls = type(pipe.scheduler) if solver is None else scheduler_class(solver)
-    if noise_schedule is not None and not issubclass(cls, EmbeddingScheduler):
+    cls = type(pipe.scheduler)
+    if not issubclass(cls, EmbeddingScheduler):
         raise UserError(f"--noise-schedule is for embdiff's schedulers, the model has {cls.__name__}: --scheduler too")
-    nodes = {} if noise_schedule is None else {"nodes": noise_schedule}
-    pipe.scheduler = cls.from_config(pipe.scheduler.config, **nodes)
+    pipe.scheduler = cls.from_config(pipe.scheduler.config, nodes=noise_schedule)
 
 
 def run_config(model: str | Path) -> TrainConfig | None:

@@ -79,43 +79,62 @@ def evaluate(
     )
     pipe = load_pipeline(model, device, dtype)
     set_scheduler(pipe, scheduler)
-    valid, train = real_texts(model, data, judge_data)
+    valid, train, again = real_texts(model, data, judge_data, needed=samples > 0)
     answers = None if references is None else read_references(model, references)
     judges = named_judges(judge, pipe, train) if samples else []
     with shown() as advance:
         figures = report.evaluate(pipe, valid, judges, protocol, train=train, references=answers, advance=advance)
-    figures = {"model": model, "data": data or "the run's validation texts", **figures}
-    if output is not None:
-        output.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    figures.pop("texts", None)
+    figures = {"model": model, "data": data or "the run's validation texts", "seen_in_training": again, **figures}
+    drawn = figures.pop("texts", [])
     if as_json:
-        print(json.dumps(figures, ensure_ascii=False))
+        print(json.dumps(figures, ensure_ascii=False, allow_nan=False), flush=True)
     else:
         show(figures)
+    if output is not None:
+        content = json.dumps(figures | {"texts": drawn}, indent=1, ensure_ascii=False, allow_nan=False)
+        output.write_text(content + "\n", encoding="utf-8")
 
 
 def check_output(output: Path | None, overwrite: bool) -> None:
     """Refuses to replace a file unasked, or to write where nothing can be, before anything is loaded."""
-    if output is not None and output.exists() and not overwrite:
+    if output is None:
+        return
+    if output.is_dir():
+        raise UserError(f"{output} is a folder: name a file")
+    if output.exists() and not overwrite:
         raise UserError(f"{output} exists: use --overwrite to replace it, or another name")
-    if output is not None and not output.parent.is_dir():
+    if not output.parent.is_dir():
         raise UserError(f"there is no folder {output.parent} for {output.name}: make it first")
+    there = output.exists()
+    with output.open("a"):  # an OSError is told in one line
+        pass
+    if not there:
+        output.unlink()
 
 
-def real_texts(model: str, data: str | None, judge_data: str | None) -> tuple[list[Example], list[str]]:
-    """Held-out examples, and training texts: those of the run where no others are named, none where there is no run."""
-    own = None
-    if data is None or (judge_data is None and run_config(model) is not None):
-        own = run_corpus(model, progress=False)
-    valid = like_run(model, data) if data is not None else own.valid if own is not None else []
+def real_texts(
+    model: str, data: str | None, judge_data: str | None, needed: bool = True
+) -> tuple[list[Example], list[str], int]:
+    """Held-out examples, training texts for judges, and how many of the first are among the second.
+
+    Both are those of the run where no others are named; there are no training texts where there is no run, or no need.
+    """
+    own, train = None, list[str]()
+    if data is None or (needed and judge_data is None and run_config(model) is not None):
+        try:
+            own = run_corpus(model, progress=False)
+        except UserError as error:
+            raise UserError(f"{error}; other texts than the run's are named by --data and --judge-data") from error
+    valid = own.valid if data is None and own is not None else like_run(model, str(data))
     if judge_data is not None:
-        return valid, [example.text for example in like_run(model, judge_data)]
-    train = [example.text for example in own.train] if own is not None else []
+        train = [example.text for example in like_run(model, judge_data)]
+    elif own is not None:
+        train = [example.text for example in own.train]
     seen = set(train)
     again = sum(example.text in seen for example in valid)
     if again:
-        print(f"{again} of {len(valid)} texts are in the training data too", file=sys.stderr)
-    return valid, train
+        print(f"{again} of {len(valid)} held-out texts are among the training texts too", file=sys.stderr)
+    return valid, train, again
 
 
 def read_references(model: str, path: Path) -> dict[str, list[str]]:
@@ -151,7 +170,8 @@ def shown() -> Iterator[Advance]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     tasks: dict[str, Any] = {}
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
 
         def advance(what: str, done: int, total: int) -> None:
             if what not in tasks:
@@ -177,11 +197,11 @@ def tables(figures: dict[str, Any]) -> Iterator[Any]:
     if figures["likelihood"]:
         table = Table("nats per token, upper bound", "", "+- (texts)", "+- (noise)", "texts", title="likelihood")
         for name, found in figures["likelihood"].items():
-            errors = (f"{found[error]:.4f}" for error in ("standard_error", "noise_error"))
+            errors = (in_words(found[error]) for error in ("standard_error", "noise_error"))
             table.add_row(name, f"{found['nats_per_token']:.4f}", *errors, str(found["texts"]))
         yield table
     if "samples" in figures:
-        table = Table("", "samples", "real texts", title="texts")
+        table = Table("", "samples", "real texts", title="texts", caption=caption(figures))
         samples, real = (flat(figures[column]) for column in ("samples", "real"))
         for name, value in samples.items():
             table.add_row(name, in_words(value), in_words(real.get(name)))
@@ -192,6 +212,17 @@ def tables(figures: dict[str, Any]) -> Iterator[Any]:
         for name in next(iter(kinds.values())):
             table.add_row(name.replace("_", " "), *(str(found[name]) for found in kinds.values()))
         yield table
+
+
+def caption(figures: dict[str, Any]) -> str | None:
+    """What to bear in mind with these figures."""
+    remarks = []
+    samples, real = (figures[column]["texts"] for column in ("samples", "real"))
+    if real < samples:
+        remarks.append(f"{real} real texts beside {samples} samples: entropy, distinct n and self-BLEU go by number")
+    if figures["too_long"]:
+        remarks.append(f"{figures['too_long']} texts too long for the model are left out")
+    return "; ".join(remarks) or None
 
 
 def in_words(value: Any) -> str:

@@ -37,11 +37,14 @@ def frontier(
 ) -> None:
     """Compare samplers of MODEL honestly: likely texts against varied ones, over temperatures, steps and solvers.
 
+    A named solver has its defaults; `own` is the model's scheduler as it was tuned.
+
     [bold]embdiff frontier runs/mine --steps 8 --steps 32 --solver renoise --solver dpm++3m-sde[/bold]
     """
     check_seed(seed)
-    check(steps, temperature, samples)
+    check(steps, temperature, samples, batch_size)
     check_output(picture, overwrite)
+    check_kind(picture)
     quiet()
     from embdiff.evaluation import frontier as frontiers
     from embdiff.evaluation.samples import as_written, some
@@ -51,12 +54,13 @@ def frontier(
         if name != "own":
             scheduler_class(name)
     pipe = load_pipeline(model, device, dtype)
-    valid, train = real_texts(model, data, judge_data)
+    valid, train, _ = real_texts(model, data, judge_data)
     (judged,) = named_judges([judge], pipe, train)
-    known = as_written(pipe.tokenizer, [example.text for example in valid], int(pipe.denoiser.config.max_length))
-    if len(known) < samples:
-        raise UserError(f"{len(known)} held-out texts for {samples} samples: entropies of as many are compared")
-    real = frontiers.point(judged, some(known, samples, seed))
+    if len(valid) < samples:
+        raise UserError(f"{len(valid)} held-out texts for {samples} samples: entropies of as many are compared")
+    chosen = [valid[i] for i in some(range(len(valid)), samples, seed)]
+    real = frontiers.point(judged, as_written(pipe.tokenizer, [example.text for example in chosen]))
+    prompted = int(pipe.denoiser.config.max_prompt_length) > 0
     if not as_json:
         typer.echo(HEAD)
 
@@ -68,29 +72,31 @@ def frontier(
     points = frontiers.frontier(
         pipe,
         judged,
-        prompts(pipe, valid, samples),
-        solvers=solver,
-        steps=steps,
-        temperatures=sorted(temperature),
+        [example.prompt if prompted else None for example in chosen],
+        solvers=list(dict.fromkeys(solver)),
+        steps=sorted(set(steps)),
+        temperatures=sorted(set(temperature)),
         seed=seed,
         batch_size=batch_size,
         report=report,
         guidance_scale=cfg_scale,
         length_bias=length_bias,
     )
-    frontiers.picture(points, real, judged.name, picture)
     if as_json:
         rows = [found._asdict() for found in points]
         settings = {"model": model, "judge": judged.name, "samples": samples, "seed": seed, "cfg_scale": cfg_scale}
-        print(json.dumps(settings | {"real": real._asdict(), "points": rows, "picture": str(picture)}))
-    else:
+        print(json.dumps(settings | {"real": real._asdict(), "points": rows, "picture": str(picture)}), flush=True)
+    frontiers.picture(points, real, judged.name, picture)
+    if not as_json:
         typer.echo(f"picture in {picture}")
 
 
-def check(steps: list[int], temperatures: list[float], samples: int) -> None:
+def check(steps: list[int], temperatures: list[float], samples: int, batch_size: int) -> None:
     """Refuses numbers out of range before anything is loaded."""
     if min(steps) < 1:
         raise UserError(f"--steps {min(steps)} is too small: give at least 1")
+    if batch_size < 1:
+        raise UserError(f"--batch-size {batch_size} is too small: give at least 1")
     if samples < 2:
         raise UserError(f"--samples {samples} is too small: give at least 2, or better 200")
     for value in temperatures:
@@ -98,14 +104,11 @@ def check(steps: list[int], temperatures: list[float], samples: int) -> None:
             raise UserError(f"--temperature {value} is out of range: give a number above 0")
 
 
-def prompts(pipe: Any, valid: list[Any], count: int) -> list[str | None]:
-    """A prompt for each sample, from the held-out texts in turn; None for a model that takes none."""
-    if not int(pipe.denoiser.config.max_prompt_length):
-        return [None] * count
-    from embdiff.batches import spread
-
-    given = [valid[i].prompt for i in spread(len(valid), count)]
-    return [given[i % len(given)] for i in range(count)]
+def check_kind(picture: Path) -> None:
+    """Refuses what matplotlib can't draw; it would add an ending of its own to a name without one."""
+    kinds = (".svg", ".png", ".pdf")
+    if picture.suffix.lower() not in kinds:
+        raise UserError(f"picture {picture} is of no known kind: end its name in {', '.join(kinds)}")
 
 
 def line(found: Any) -> str:

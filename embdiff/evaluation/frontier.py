@@ -15,7 +15,7 @@ from embdiff.errors import UserError
 from embdiff.evaluation import metrics
 from embdiff.evaluation.judges import Judge, cross_entropy
 from embdiff.evaluation.samples import draw
-from embdiff.schedulers import EmbeddingScheduler, scheduler_class
+from embdiff.schedulers import EmbeddingScheduler, with_solver
 
 if TYPE_CHECKING:
     from embdiff.pipeline import TextDiffusionPipeline
@@ -59,18 +59,20 @@ def frontier(
     report: Callable[[Point], None] = lambda found: None,
     **options: Any,
 ) -> list[Point]:
-    """A point for each solver ("own" = the pipeline's scheduler as it is), number of steps and temperature.
+    """A point for each solver, number of steps and temperature.
+
+    solvers: names, for their defaults over the model's noise schedule; "own" = the pipeline's scheduler as it is, tuned
+    or not.
 
     prompts: one for each text, None = from nothing. options: of the pipeline's call.
     """
     own, points = pipe.scheduler, list[Point]()
-    classes = {name: None if name == "own" else scheduler_class(name) for name in solvers}
+    others = {name: own if name == "own" else with_solver(own, name) for name in solvers}
     if not isinstance(own, EmbeddingScheduler):
         raise UserError(f"the model has {type(own).__name__}: solvers are compared over an embdiff scheduler's levels")
     try:
         for name, n, temperature in product(solvers, steps, temperatures):
-            cls = classes[name]
-            pipe.scheduler = own if cls is None else cls.from_config(own.config)
+            pipe.scheduler = others[name]
             texts = draw(
                 pipe,
                 prompts,
@@ -88,14 +90,17 @@ def frontier(
 
 
 def cross_entropy_at(points: Sequence[Point], entropy: float) -> float | None:
-    """What a curve gives at an entropy, on a line between its neighbours; None beyond its ends."""
-    ordered = sorted(points, key=lambda found: found.entropy)
-    for low, high in pairwise(ordered):
-        if low.entropy <= entropy <= high.entropy:
-            width = high.entropy - low.entropy
-            share = (entropy - low.entropy) / width if width else 0.0
-            return low.cross_entropy + share * (high.cross_entropy - low.cross_entropy)
-    return None
+    """What a curve gives at an entropy, on lines between neighbours in temperature.
+
+    The lowest where it passes there more than once, None where it never does.
+    """
+    found = []
+    for one, two in pairwise(sorted(points, key=lambda point: point.temperature)):
+        if min(one.entropy, two.entropy) <= entropy <= max(one.entropy, two.entropy):
+            width = two.entropy - one.entropy
+            share = (entropy - one.entropy) / width if width else 0.0
+            found.append(one.cross_entropy + share * (two.cross_entropy - one.cross_entropy))
+    return min(found, default=None)
 
 
 def picture(points: Sequence[Point], real: Point, judge: str, path: Path) -> None:

@@ -1,11 +1,13 @@
 """Judges: language models that say how likely texts are.
 
 A judge scores text, never ids, so that it may have any tokenizer: it gives the nats of a whole text with its end, and a
-mean is over words and ends. Judges with different tokenizers are so on one scale, and none sees a prompt.
+mean is over words and ends. Judges with different tokenizers are so on one scale, as long as no word is `<unk>` to one
+of them. None sees a prompt.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -121,11 +123,10 @@ def judge_of(spec: str, real: Sequence[str], device: torch.device | str = "cpu")
 
     Raises UserError for what is neither.
     """
-    order = spec.removesuffix("-gram")
-    if order != spec:
-        if not (order.isdigit() and 1 <= int(order) <= 9):
+    if spec.endswith("-gram"):
+        if not re.fullmatch("[1-9]-gram", spec):
             raise UserError(f"judge {spec!r} is unknown: give 1-gram to 9-gram, or a model's folder")
-        return NGramJudge(real, int(order))
+        return NGramJudge(real, int(spec[0]))
     folder = Path(spec)
     if (folder / "run.yaml").exists():
         from embdiff.baselines import AutoregressiveModel, load

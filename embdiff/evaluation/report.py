@@ -1,12 +1,13 @@
 """A whole evaluation: likelihood, samples beside real texts, and references where there are prompts.
 
 Every figure stands beside the same figure of real texts, as many of them, for entropy, distinct n-grams and judges
-depend on how many texts there are and of what kind. Prompts are never scored, and no figure depends on how samples were
-batched.
+depend on how many texts there are and of what kind. Prompts are never scored. No figure of samples depends on how they
+were batched; likelihoods move within their noise error.
 """
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -55,9 +56,9 @@ class Protocol:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        lowest = {"samples": 0, "steps": 1, "batch_size": 1, "mbr": 0, "flow_texts": 0}
+        lowest = {"samples": 0, "steps": 1, "seed": 0, "batch_size": 1, "mbr": 0, "bound_texts": 0, "flow_texts": 0}
         for name, least in lowest.items():
-            if getattr(self, name) < least:
+            if (getattr(self, name) or 0) < least:
                 raise UserError(f"{name} {getattr(self, name)} is out of range: give {least} or more")
         if self.mbr == 1:
             raise UserError("mbr 1 has nothing to choose from: give 2 or more candidates, or 0 for none")
@@ -86,13 +87,32 @@ def evaluate(
     Raises:
         UserError: for too few texts, or prompts without references.
     """
-    if len(valid) < FEWEST:
-        raise UserError(f"{len(valid)} texts are too few to evaluate with: give {FEWEST} or more")
     start = time.monotonic()
-    figures: Figures = {"protocol": asdict(protocol), "likelihood": _likelihoods(pipe, valid, protocol, advance)}
+    limit = int(pipe.denoiser.config.max_length)
+    tokens = pipe.tokenizer([example.text for example in valid], add_special_tokens=False, verbose=False)["input_ids"]
+    short = [example for example, ids in zip(valid, tokens, strict=True) if len(ids) < limit]
+    if len(short) < FEWEST:
+        long = f" beside {len(valid) - len(short)} longer than the model's {limit} tokens"
+        raise UserError(
+            f"{len(short)} texts are too few to evaluate with{long if len(short) < len(valid) else ''}: "
+            f"give {FEWEST} or more"
+        )
+    figures: Figures = {"protocol": asdict(protocol), "too_long": len(valid) - len(short)}
+    # Samples come first: what can't be drawn or judged is so refused before the hours that a bound may take.
     if protocol.samples:
-        figures |= _sampled(pipe, valid, judges, protocol, train, references, advance)
-    return figures | {"run": run(pipe, time.monotonic() - start)}
+        figures |= _sampled(pipe, short, judges, protocol, train, references, advance)
+    figures["likelihood"] = _likelihoods(pipe, short, protocol, advance)
+    complete: Figures = finite(figures | {"run": run(pipe, time.monotonic() - start)})
+    return complete
+
+
+def finite(value: Any) -> Any:
+    """The same with None for numbers that are not finite, of which JSON has none."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def run(pipe: TextDiffusionPipeline, seconds: float) -> Figures:
@@ -120,20 +140,17 @@ def run(pipe: TextDiffusionPipeline, seconds: float) -> Figures:
     }
 
 
-def text_figures(
-    texts: Sequence[str], real: Sequence[str], judges: Sequence[Judge], seed: int = 0, vocabulary: Sequence[str] = ()
-) -> Figures:
-    """Figures of texts beside held-out real ones; both as a model could have written them (see `as_written`).
+def text_figures(texts: Sequence[str], real: Sequence[str], judges: Sequence[Judge], seed: int = 0) -> Figures:
+    """Figures of texts beside held-out real ones; both as a model could have written them (see `as_written`)."""
+    return own_figures(texts, judges, seed) | distances(texts, real, seed)
 
-    vocabulary: the words that the reverse cross-entropy knows, by default those of `real`.
-    """
-    words = sorted(set(vocabulary) or {word for text in real for word in text.split()})
-    reverse = NGram.fit(texts, order=REVERSE_ORDER, vocabulary=words).cross_entropy(real)
+
+def own_figures(texts: Sequence[str], judges: Sequence[Judge], seed: int = 0) -> Figures:
+    """Figures that need no other texts."""
     return {
         "texts": len(texts),
         "empty": sum(not text.strip() for text in texts),
         "cross_entropy": {judge.name: round(cross_entropy(judge, texts), 4) for judge in judges},
-        "reverse_cross_entropy": round(reverse, 4),
         "unigram_entropy": round(metrics.unigram_entropy(texts), 4),
         **{f"distinct_{n}": round(metrics.distinct_n(texts, n), 4) for n in (1, 2, 3, 4)},
         "self_bleu": round(metrics.self_bleu(texts, seed=seed), 2),
@@ -141,6 +158,15 @@ def text_figures(
         "rep_4": round(metrics.rep_n(texts, 4), 4),
         "mean_words": round(metrics.mean_length(texts), 2),
         "length_quantiles": metrics.length_quantiles(texts),
+    }
+
+
+def distances(texts: Sequence[str], real: Sequence[str], seed: int = 0) -> Figures:
+    """How far texts are from held-out real ones. The reverse judge knows the words of the real ones."""
+    words = {word for text in real for word in text.split()}
+    reverse = NGram.fit(texts, order=REVERSE_ORDER, vocabulary=words).cross_entropy(real)
+    return {
+        "reverse_cross_entropy": round(reverse, 4),
         "length_distance": round(metrics.length_distance(texts, real), 3),
         "mauve_style": round(divergence(texts, real, seed=seed), 4),
     }
@@ -195,7 +221,6 @@ def _likelihoods(
             "parts": {name: round(value, 4) for name, value in found.parts.items()},
             "texts": found.texts,
             "tokens": found.tokens,
-            "too_long": encoded.dropped,
         }
 
     figures: Figures = {}
@@ -217,6 +242,13 @@ def _sampled(
 ) -> Figures:
     limit = int(pipe.denoiser.config.max_length)
     prompts, answers = _prompts(pipe, valid, protocol.samples, references)
+    known = as_written(pipe.tokenizer, [example.text for example in valid])
+    others = as_written(pipe.tokenizer, train, limit)
+    beside = _beside(pipe, valid, known, prompts, protocol.seed)
+    for judge in judges:
+        judge.nats(known)  # a judge that can't read these texts says so before they are drawn
+    if answers:
+        reference_figures(known[:1], [known[:1]])  # and so does a library that isn't there
 
     def drawn(what: str, seed: int, each: int = 1) -> list[str]:
         done, wanted = 0, [p for p in prompts for _ in range(each)]
@@ -232,20 +264,13 @@ def _sampled(
         )  # fmt: skip
 
     texts = drawn("samples", protocol.seed)
-    known = as_written(pipe.tokenizer, [example.text for example in valid], limit)
-    others = as_written(pipe.tokenizer, train, limit)
-    words = sorted({word for text in (*known, *others) for word in text.split()})
-    count = min(len(texts), len(known))
-    figures: Figures = {"samples": text_figures(texts, known, judges, protocol.seed, words)}
-    # Judges were fitted to training texts, so they see held-out ones; distances to held-out texts are of training
-    # texts.
-    figures["real"] = text_figures(some(known, count, protocol.seed), known, judges, protocol.seed, words)
-    distances = ("reverse_cross_entropy", "length_distance", "mauve_style")
-    if len(others) >= count:
-        fresh = text_figures(some(others, count, protocol.seed), known, (), protocol.seed, words)
-        figures["real"] |= {name: fresh[name] for name in distances}
-    else:
-        figures["real"] |= dict.fromkeys(distances)
+    figures: Figures = {"samples": text_figures(texts, known, judges, protocol.seed)}
+    # A judge knows training texts by heart, so held-out ones are judged; near to held-out texts are training texts.
+    figures["real"] = own_figures(beside, judges, protocol.seed)
+    names = [name for name in figures["samples"] if name not in figures["real"]]
+    enough = len(others) >= len(texts)
+    near = distances(some(others, len(texts), protocol.seed), known, protocol.seed) if enough else dict.fromkeys(names)
+    figures["real"] |= near
     if answers:
         figures["conditional"] = {"one sample a prompt": reference_figures(texts, answers, protocol.lowercase)}
         if protocol.mbr:
@@ -259,6 +284,17 @@ def _sampled(
         for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
     ]
     return figures
+
+
+def _beside(
+    pipe: TextDiffusionPipeline, valid: Sequence[Example], known: list[str], prompts: list[str | None], seed: int
+) -> list[str]:
+    """Real texts to stand beside the samples: as many at random, or all there are; one of each prompt with prompts."""
+    if prompts[0] is None:
+        return some(known, min(len(prompts), len(known)), seed)
+    order = np.random.default_rng((seed, 0x6F6E65)).permutation(len(known))
+    one_of_each = {valid[i].prompt or "": known[i] for i in order}
+    return [one_of_each[prompt or ""] for prompt in prompts]
 
 
 def _prompts(
@@ -279,6 +315,8 @@ def _prompts(
             f"{len(missing)} of {len(own)} prompts have no reference, the first is {missing[0]!r}: "
             "give references for the prompts of the data, written alike"
         )
+    if len(own) < FEWEST:
+        raise UserError(f"{len(own)} different prompts are too few to judge their samples: give {FEWEST} or more")
     chosen = [list(own)[i] for i in _spread(len(own), count)]
     return list(chosen), [answers[prompt] for prompt in chosen]
 

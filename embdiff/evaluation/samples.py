@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +13,8 @@ from embdiff.errors import UserError
 
 if TYPE_CHECKING:
     from embdiff.pipeline import TextDiffusionPipeline
+
+Item = TypeVar("Item")
 
 
 def draw(
@@ -47,7 +49,7 @@ def as_written(tokenizer: Any, texts: Sequence[str], max_length: int | None = No
     return [vocabulary.decode(tokenizer, ids) for ids in tokens if max_length is None or len(ids) < max_length]
 
 
-def some(texts: Sequence[str], count: int, seed: int = 0) -> list[str]:
+def some(texts: Sequence[Item], count: int, seed: int = 0) -> list[Item]:
     """`count` of the texts at random, without repetition, in their order; files are often sorted, so heads mislead."""
     if count > len(texts):
         raise UserError(f"{count} texts are wanted of {len(texts)}: ask for fewer, or give more")

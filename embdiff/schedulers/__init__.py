@@ -51,6 +51,19 @@ def scheduler_class(name: str) -> type[EmbeddingScheduler]:
     return SCHEDULERS[name]
 
 
+def with_solver(scheduler: Any, name: str) -> EmbeddingScheduler:
+    """The solver of this name over the scheduler's noise schedule, as it is if it is that solver already.
+
+    What was tuned for another solver, its levels and options such as eta, stays behind.
+    """
+    cls = scheduler_class(name)
+    if type(scheduler) is cls:
+        return scheduler
+    kept = {key: value for key, value in scheduler.config.items() if key not in ("levels", "eta", "fresh")}
+    changed: EmbeddingScheduler = cls.from_config(kept)
+    return changed
+
+
 # Whose steps each solver takes. diffusers' third order keeps its own coefficients, see `embdiff.schedulers.dpm_solver`.
 DIFFUSERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),

@@ -336,12 +336,17 @@ class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return int(self.config.num_train_timesteps)
 
 
+MOST_STEPS = 1_000_000
+
+
 def whole_steps(steps: Any) -> int:
     """A number of steps, at least 1; anything else raises UserError."""
     if not isinstance(steps, Real) or not float(steps).is_integer():
         raise UserError(f"steps must be a whole number, got {steps!r}")
     if steps < 1:
         raise UserError(f"steps must be at least 1, got {steps}")
+    if float(steps) > MOST_STEPS:
+        raise UserError(f"steps must be at most {MOST_STEPS:,}, got {steps}")
     return int(float(steps))
 
 

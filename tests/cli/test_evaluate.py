@@ -1,6 +1,7 @@
 """embdiff eval and frontier, end to end on small real text."""
 
 import json
+import shutil
 
 import pytest
 from typer.testing import CliRunner
@@ -23,6 +24,15 @@ def run(tmp_path_factory):
     return folder / "run"
 
 
+def strict(text: str):
+    """JSON as other parsers read it: without NaN and infinities."""
+
+    def refuse(constant: str):
+        raise ValueError(constant)
+
+    return json.loads(text, parse_constant=refuse)
+
+
 def evaluated(*arguments) -> str:
     result = CliRunner().invoke(app, list(map(str, arguments)))
     assert result.exit_code == 0, result.output + result.stderr
@@ -32,8 +42,8 @@ def evaluated(*arguments) -> str:
 def test_eval_prints_json_and_writes_the_same_with_the_texts(run, tmp_path):
     out = tmp_path / "eval.json"
     options = ["-n", "8", "--steps", "2", "--bound", "20", "--flow", "2", "--mbr", "2", "--judge", "2-gram"]
-    printed = json.loads(evaluated("eval", run, *options, "--json", "--output", out))
-    written = json.loads(out.read_text())
+    printed = strict(evaluated("eval", run, *options, "--json", "--output", out))
+    written = strict(out.read_text())
     texts = written.pop("texts")
     assert printed == written
     assert len(texts) == 8 == printed["samples"]["texts"]
@@ -42,7 +52,7 @@ def test_eval_prints_json_and_writes_the_same_with_the_texts(run, tmp_path):
     assert set(printed["conditional"]) == {"one sample a prompt", "mbr of 2"}
     assert printed["protocol"]["options"]["guidance"][0]["scale"] == 1.0
     assert list(printed["real"]["cross_entropy"]) == ["2-gram"]
-    again = json.loads(evaluated("eval", run, *options, "--json"))
+    again = strict(evaluated("eval", run, *options, "--json"))
     for name in ("likelihood", "samples", "real", "conditional"):
         assert again[name] == printed[name]
 
@@ -69,7 +79,7 @@ def test_a_judge_may_be_a_transformers_model(run, tmp_path):
     GPT2LMHeadModel(GPT2Config(vocab_size=len(words), **sizes)).save_pretrained(tmp_path / "little")
     words.save_pretrained(tmp_path / "little")
     options = ["--judge", tmp_path / "little", "--judge", "1-gram", "-n", "8", "--steps", "1", "--bound", "0", "--json"]
-    assert list(json.loads(evaluated("eval", run, *options))["samples"]["cross_entropy"]) == ["little", "1-gram"]
+    assert list(strict(evaluated("eval", run, *options))["samples"]["cross_entropy"]) == ["little", "1-gram"]
 
 
 def test_a_judge_is_trained_by_one_command(run, tmp_path):
@@ -79,7 +89,7 @@ def test_a_judge_is_trained_by_one_command(run, tmp_path):
         "train", texts, "-o", judge, *SMALL, "--objective", "autoregressive", "--max-steps", "2", "--max-length", "48"
     )
     options = ["--judge", judge, "-n", "8", "--steps", "1", "--bound", "0", "--json"]
-    found = json.loads(evaluated("eval", run, *options))
+    found = strict(evaluated("eval", run, *options))
     assert 0 < found["real"]["cross_entropy"]["reader"] < 10
 
 
@@ -87,7 +97,7 @@ def test_frontier_compares_samplers_with_as_many_real_texts(run, tmp_path):
     picture = tmp_path / "frontier.svg"
     options = ["--steps", "1", "--steps", "2", "--solver", "own", "--solver", "unipc", "--temperature", "0.5"]
     options += ["--temperature", "1", "-n", "10", "--picture", picture]
-    found = json.loads(evaluated("frontier", run, *options, "--json"))
+    found = strict(evaluated("frontier", run, *options, "--json"))
     assert len(found["points"]) == 8
     assert found["real"]["solver"] == "real"
     assert picture.read_text().count("</svg>") == 1
@@ -119,15 +129,42 @@ def test_frontier_compares_samplers_with_as_many_real_texts(run, tmp_path):
         (["frontier", "RUN", "--steps", "0"], "--steps 0"),
         (["frontier", "RUN", "-n", "1"], "--samples 1"),
         (["frontier", "RUN", "-n", "500"], "held-out texts for 500 samples"),
-        (["frontier", "RUN", "--picture", "TINY"], "--overwrite"),
+        (["frontier", "RUN", "--picture", "SVG"], "--overwrite"),
+        (["frontier", "RUN", "--picture", "FOLDER/foo"], "no known kind"),
+        (["frontier", "RUN", "--batch-size", "0"], "--batch-size 0"),
+        (["eval", "RUN", "--output", "FOLDER", "--overwrite"], "is a folder"),
+        (["eval", "RUN", "--output", "/proc/eval.json"], "/proc/eval.json"),
+        (["eval", "RUN", "--bound", "-3"], "bound_texts -3"),
+        (["eval", "RUN", "--steps", "99999999999"], "at most 1,000,000"),
     ],
 )
 def test_bad_options_get_one_line(run, tmp_path, capsys, monkeypatch, arguments, cause):
     (tmp_path / "TINY.txt").write_text("cat||the cat .\ndog||a dog .\n")
     (tmp_path / "EMPTY.txt").write_text("\n")
-    places = {"RUN": str(run), "TINY": str(tmp_path / "TINY.txt"), "EMPTY": str(tmp_path / "EMPTY.txt")}
-    assert cause in refused(capsys, monkeypatch, *(places.get(word, word) for word in arguments))
+    (tmp_path / "frontier.svg").write_text("mine")
+    places = {
+        "SVG": str(tmp_path / "frontier.svg"),
+        "FOLDER": str(tmp_path),
+        "RUN": str(run),
+        "TINY": str(tmp_path / "TINY.txt"),
+        "EMPTY": str(tmp_path / "EMPTY.txt"),
+    }
+    assert cause in refused(
+        capsys, monkeypatch, *(places.get(word, word.replace("FOLDER", str(tmp_path))) for word in arguments)
+    )
+    assert (tmp_path / "frontier.svg").read_text() == "mine"
     assert (tmp_path / "TINY.txt").read_text() == "cat||the cat .\ndog||a dog .\n"
+
+
+def test_a_run_whose_data_is_gone_needs_other_texts(run, tmp_path, capsys, monkeypatch):
+    gone = shutil.copytree(run, tmp_path / "gone")
+    (gone / "run.yaml").write_text((run / "run.yaml").read_text().replace("train.txt", "nowhere.txt"))
+    data = str(run.parent / "valid.txt")
+    assert "--judge-data" in refused(capsys, monkeypatch, "eval", str(gone), "--data", data)
+    options = ["--data", data, "--bound", "8", "--json"]
+    assert strict(evaluated("eval", gone, *options, "-n", "0"))["likelihood"]["bound"]["texts"] == 8
+    found = strict(evaluated("eval", gone, *options, "-n", "8", "--steps", "1", "--judge-data", data))
+    assert found["seen_in_training"] == 120
 
 
 def test_a_model_without_a_run_needs_texts_for_its_judge(pipe, tmp_path, capsys, monkeypatch):
@@ -137,4 +174,4 @@ def test_a_model_without_a_run_needs_texts_for_its_judge(pipe, tmp_path, capsys,
     assert "--data" in refused(capsys, monkeypatch, "eval", model)
     assert "--judge-data" in refused(capsys, monkeypatch, "eval", model, "--data", texts)
     options = ["--data", texts, "--judge-data", texts, "-n", "8", "--steps", "1", "--bound", "8", "--json"]
-    assert json.loads(evaluated("eval", model, *options))["real"]["texts"] == 8
+    assert strict(evaluated("eval", model, *options))["real"]["texts"] == 8

@@ -91,7 +91,12 @@ def test_empty_texts_pay_for_their_end(gpt2):
 
 @pytest.mark.parametrize(
     ("spec", "cause"),
-    [("0-gram", "1-gram to 9-gram"), ("x-gram", "1-gram to 9-gram"), ("./nowhere", "no judge")],
+    [
+        ("0-gram", "1-gram to 9-gram"),
+        ("²-gram", "1-gram to 9-gram"),
+        ("x-gram", "1-gram to 9-gram"),
+        ("./nowhere", "no judge"),
+    ],
 )
 def test_what_is_no_judge_is_refused(spec, cause):
     with pytest.raises(UserError, match=cause):

@@ -9,6 +9,7 @@ from embdiff.data import Example
 from embdiff.errors import UserError
 from embdiff.evaluation.judges import NGramJudge, cross_entropy
 from embdiff.evaluation.report import Protocol, evaluate, reference_figures, text_figures
+from embdiff.guidance import ClassifierFreeGuidance as Guidance
 from embdiff.schedulers import DDIMScheduler
 from tests.conftest import sentences
 
@@ -17,8 +18,8 @@ JUDGES = [NGramJudge(sentences(100), order=3), NGramJudge(sentences(100), order=
 
 @pytest.fixture
 def pairs():
-    prompts = ["the cat", "a dog", "the red house", "a tree", "the blue dog"]
-    return [Example(text, prompts[i % 5]) for i, text in enumerate(sentences(20, seed=2))]
+    prompts = ["the cat", "a dog", "the red house", "a tree", "the blue dog", "a cat", "or", "the small tree"]
+    return [Example(text, prompts[i % 8]) for i, text in enumerate(sentences(20, seed=2))]
 
 
 def without_time(figures):
@@ -45,13 +46,13 @@ def test_a_report_has_every_part(pipe, pairs):
     assert found["likelihood"]["flow"]["texts"] == 2
     assert set(found["samples"]["cross_entropy"]) == {"3-gram", "1-gram"}
     assert set(found["samples"]) == set(found["real"])
-    assert found["samples"]["texts"] == found["real"]["texts"] == 5  # one for each prompt
+    assert found["samples"]["texts"] == found["real"]["texts"] == 8  # one for each prompt
     assert set(found["conditional"]) == {"one sample a prompt", "mbr of 3"}
     assert found["conditional"]["one sample a prompt"]["references"] == 20
     assert {"embdiff", "torch", "python"} <= set(found["run"]["versions"])
     assert found["run"]["dtype"] == "float32"
     assert found["run"]["scheduler"]["name"] == "RenoiseScheduler"
-    assert [text["seed"] for text in found["texts"]] == list(range(5))
+    assert [text["seed"] for text in found["texts"]] == list(range(8))
     assert {what: done for what, done, _ in told} == {what: total for what, _, total in told}
     assert {what for what, _, _ in told} == {"bound", "flow", "samples", "candidates"}
 
@@ -63,7 +64,8 @@ def test_real_texts_of_the_training_set_are_nearer_than_noise(tokenizer):
     assert near["reverse_cross_entropy"] < far["reverse_cross_entropy"]
     assert near["cross_entropy"]["3-gram"] < far["cross_entropy"]["3-gram"]
     assert near["unigram_entropy"] == pytest.approx(far["unigram_entropy"])
-    assert near["length_distance"] == far["length_distance"]
+    longer = [f"{text} {text}" for text in sentences(100, seed=4)]
+    assert text_figures(longer, real, JUDGES)["length_distance"] > near["length_distance"] + 3
 
 
 def test_judges_see_words_that_the_model_cannot_write_as_unk(pipe, pairs):
@@ -88,7 +90,7 @@ def test_references_of_their_own_take_the_place_of_the_texts(pipe, pairs):
     protocol = Protocol(samples=20, steps=2, bound_texts=0)
     assert evaluate(pipe, pairs, [], protocol, references=own)["conditional"]["one sample a prompt"]["bleu"] == 0
     own.pop("a dog")
-    with pytest.raises(UserError, match="1 of 5 prompts have no reference, the first is 'a dog'"):
+    with pytest.raises(UserError, match="1 of 8 prompts have no reference, the first is 'a dog'"):
         evaluate(pipe, pairs, [], protocol, references=own)
     with pytest.raises(UserError, match="references are for prompts"):
         evaluate(pipe, [Example(e.text) for e in pairs], [], protocol, references=own)
@@ -102,6 +104,8 @@ def test_references_of_their_own_take_the_place_of_the_texts(pipe, pairs):
         ({"steps": 0}, "steps 0"),
         ({"mbr": 1}, "nothing to choose from"),
         ({"levels": 3}, "even number"),
+        ({"bound_texts": -3}, "bound_texts -3"),
+        ({"seed": -1}, "seed -1"),
     ],
 )
 def test_protocols_that_measure_nothing_are_refused(pipe, pairs, settings, cause):
@@ -109,7 +113,25 @@ def test_protocols_that_measure_nothing_are_refused(pipe, pairs, settings, cause
         evaluate(pipe, pairs, JUDGES, Protocol(**({"samples": 0} | settings)))
 
 
+def test_what_is_not_finite_is_null(pipe, pairs):
+    figures = evaluate(pipe, pairs, [], Protocol(samples=0, bound_texts=1, options={"guidance": [Guidance(1.0)]}))
+    assert figures["likelihood"]["bound"]["standard_error"] is None  # of one text
+    assert figures["protocol"]["options"]["guidance"][0]["max_gamma"] is None  # no limit
+    json.dumps(figures, allow_nan=False)
+
+
+def test_texts_too_long_for_the_model_are_left_out_and_counted(pipe, pairs):
+    long = [Example("the " * 30, "a dog")] * 4
+    found = evaluate(pipe, [*pairs, *long], JUDGES, Protocol(samples=8, steps=1, bound_texts=0))
+    assert found["too_long"] == 4
+    assert found["real"] == evaluate(pipe, pairs, JUDGES, Protocol(samples=8, steps=1, bound_texts=0))["real"]
+    with pytest.raises(UserError, match="7 texts are too few to evaluate with beside 4 longer"):
+        evaluate(pipe, [*pairs[:7], *long], JUDGES, Protocol())
+
+
 def test_too_few_texts_are_refused(pipe, pairs):
+    with pytest.raises(UserError, match="1 different prompts are too few"):
+        evaluate(pipe, [Example(e.text, "a dog") for e in pairs], JUDGES, Protocol())
     with pytest.raises(UserError, match="7 texts are too few"):
         evaluate(pipe, pairs[:7], JUDGES, Protocol())
 
