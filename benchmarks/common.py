@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from embdiff.cli.common import quiet
+from embdiff.cli.common import load_pipeline, quiet, run_config
 from embdiff.cli.train import Display
 from embdiff.config import TrainConfig, read_config
 from embdiff.data import read_examples
 from embdiff.evaluation.frontier import point
 from embdiff.evaluation.judges import Judge
 from embdiff.evaluation.samples import as_written
-from embdiff.pipeline import TextDiffusionPipeline, load
+from embdiff.pipeline import TextDiffusionPipeline
 from embdiff.training import train
 
 
@@ -25,19 +25,15 @@ def finish(output: Path, config: TrainConfig) -> None:
     quiet()
     if (output / "model_index.json").exists() or (output / "model").exists():
         return
-    resume = (output / "run.yaml").exists()
-    if resume:  # with the options that it was started with: others would change its course
-        config = TrainConfig(**read_config(output / "run.yaml"))
+    started = run_config(output)  # a run goes on with the options that it was started with
     with Display() as display:
-        train(config, output, resume=resume, reporter=display)
+        train(started or config, output, resume=started is not None, reporter=display)
 
 
 def trained(output: Path, config: TrainConfig) -> TextDiffusionPipeline:
     """The diffusion model of a run, see `finish`."""
     finish(output, config)
-    pipe = load(str(output))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return load_pipeline(str(output))
 
 
 def training_facts(output: Path, model: torch.nn.Module) -> dict[str, Any]:

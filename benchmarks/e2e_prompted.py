@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from common import generators, trained, training_facts, write
+from common import trained, training_facts, write
 
 from embdiff.batches import spread
 from embdiff.cli.common import seconds
 from embdiff.config import TrainConfig
 from embdiff.evaluation.e2e import corpus_bleu, meaning_to_source, read_e2e_references
+from embdiff.evaluation.samples import draw
 from embdiff.guidance import ClassifierFreeGuidance
 from embdiff.pipeline import TextDiffusionPipeline
 
@@ -90,15 +91,11 @@ def test_cases(path: Path) -> Cases:
 
 def measured(pipe: TextDiffusionPipeline, cases: Cases, steps: int, setting: dict[str, Any]) -> dict[str, Any]:
     """BLEU of one sample for each case."""
-    start, texts = time.monotonic(), list[str]()
-    guidance = [ClassifierFreeGuidance(setting["scale"], setting["space"])]
-    for first in range(0, len(cases), 50):
-        prompts = [source for source, _ in cases[first : first + 50]]
-        out: Any = pipe(
-            prompts, num_inference_steps=steps, guidance=guidance, temperature=setting["temperature"],
-            length_bias=setting["length_bias"], generator=generators(first, len(prompts)),
-        )  # fmt: skip
-        texts += out.texts
+    start = time.monotonic()
+    texts = draw(
+        pipe, [source for source, _ in cases], num_inference_steps=steps, temperature=setting["temperature"],
+        guidance=[ClassifierFreeGuidance(setting["scale"], setting["space"])], length_bias=setting["length_bias"],
+    )  # fmt: skip
     row = {"steps": steps, **setting, "meanings": len(cases),
            "bleu": round(corpus_bleu(texts, [references for _, references in cases]), 2),
            "words": round(sum(len(text.split()) for text in texts) / len(texts), 2),

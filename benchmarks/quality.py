@@ -26,7 +26,7 @@ from common import finish, generators, training_facts, write
 
 from embdiff import baselines
 from embdiff.batches import Encoded, encode
-from embdiff.cli.common import seconds
+from embdiff.cli.common import load_pipeline, seconds
 from embdiff.config import TrainConfig
 from embdiff.data import read_examples
 from embdiff.errors import UserError
@@ -34,7 +34,6 @@ from embdiff.evaluation.frontier import Point, cross_entropy_at, frontier, pictu
 from embdiff.evaluation.judges import Judge, NGramJudge
 from embdiff.evaluation.likelihood import bound
 from embdiff.evaluation.samples import as_written, some
-from embdiff.pipeline import load
 from embdiff.vocabulary import decode, fingerprint
 
 BATCH = 50
@@ -68,8 +67,7 @@ def main(
         folders["ce"] = ours
     for name, folder in folders.items():
         finish(folder, replace(config, objective=name))
-    pipe = load(str(folders["ce"]))
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load_pipeline(str(folders["ce"]))
     known, others = (
         as_written(pipe.tokenizer, [e.text for e in read_examples(str(path))], max_length) for path in (valid, train)
     )

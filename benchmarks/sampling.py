@@ -14,10 +14,9 @@ from typing import Any
 import typer
 from common import judged, machine, real_texts
 
-from embdiff.cli.common import quiet
+from embdiff.cli.common import load_pipeline, quiet
 from embdiff.evaluation.judges import NGramJudge
 from embdiff.evaluation.samples import draw, some
-from embdiff.pipeline import load
 from embdiff.schedulers import scheduler_class
 
 # What differs from the defaults of `embdiff sample`.
@@ -48,8 +47,7 @@ def main(
 ) -> None:
     """Writes a table in Markdown."""
     quiet()
-    pipe = load(str(model))
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load_pipeline(str(model))
     trained = pipe.scheduler
     judge = NGramJudge(real_texts(pipe, data / "train.txt"))
     rows = [("real text", judged(judge, some(real_texts(pipe, data / "valid.txt"), samples)))]

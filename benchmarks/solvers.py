@@ -17,11 +17,10 @@ import matplotlib
 import typer
 from common import judged, real_texts, write
 
-from embdiff.cli.common import quiet
+from embdiff.cli.common import load_pipeline, quiet
 from embdiff.data import Example
 from embdiff.evaluation.judges import NGramJudge
 from embdiff.evaluation.samples import some
-from embdiff.pipeline import load
 from embdiff.schedulers import SCHEDULERS
 from embdiff.tuning import Examiner
 
@@ -39,8 +38,7 @@ def main(
 ) -> None:
     """Prints a row for each run, writes all of them and draws the curves."""
     quiet()
-    pipe = load(str(model))
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load_pipeline(str(model))
     train, valid = (real_texts(pipe, data / f"{part}.txt") for part in ("train", "valid"))
     real = some(valid, samples)
     examiner = Examiner(pipe, [Example(line) for line in train], [Example(line) for line in real], samples=samples)

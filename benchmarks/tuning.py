@@ -14,12 +14,11 @@ from typing import Any
 import typer
 from common import judged, real_texts, write
 
-from embdiff.cli.common import quiet
+from embdiff.cli.common import load_pipeline, quiet
 from embdiff.data import Example
 from embdiff.evaluation.frontier import Point, cross_entropy_at, point
 from embdiff.evaluation.judges import Judge, NGramJudge
 from embdiff.evaluation.samples import some
-from embdiff.pipeline import load
 from embdiff.tuning import Examiner, Trial, tune
 
 TEMPERATURES = (0.4, 0.5, 0.6, 0.76, 1.0)
@@ -35,8 +34,7 @@ def main(
 ) -> None:
     """Tunes each number of steps, then compares."""
     quiet()
-    pipe = load(str(model))
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load_pipeline(str(model))
     train, valid = (real_texts(pipe, data / f"{part}.txt") for part in ("train", "valid"))
     texts, real = ([Example(line) for line in lines] for lines in (train, some(valid, 500)))
     examiner = Examiner(pipe, texts, real, samples=tuning_samples)

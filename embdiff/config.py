@@ -6,7 +6,7 @@ import math
 import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -14,6 +14,9 @@ from embdiff.baselines import BASELINES
 from embdiff.denoiser import SIZES
 from embdiff.errors import UserError
 from embdiff.noise import FITS
+
+if TYPE_CHECKING:
+    from embdiff.data import Corpus
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,21 @@ class TrainConfig:
         """Dimensions of the model: those of `size`, but for the ones that are given."""
         given = {name: getattr(self, name) for name in SHAPE}
         return SIZES[self.size] | {name: value for name, value in given.items() if value is not None}
+
+    def corpus(self, progress: bool = True) -> Corpus:
+        """What the run is trained and validated with."""
+        from embdiff.data import load_corpus
+
+        return load_corpus(
+            self.data,
+            text_column=self.text_column,
+            prompt_column=self.prompt_column,
+            separator=self.separator,
+            validation=self.validation,
+            valid_share=self.valid_share,
+            limit=self.limit,
+            progress=progress,
+        )
 
     def located(self) -> TrainConfig:
         """The same run with local paths in full, so that it can be resumed from any folder."""

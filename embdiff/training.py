@@ -34,7 +34,7 @@ from embdiff import checkpoint, ops, vocabulary
 from embdiff.batches import Encoded, Window, batch_index, encode, spread
 from embdiff.compilation import can_compile, compiled, once
 from embdiff.config import DECISIVE, TrainConfig
-from embdiff.data import Corpus, Example, load_corpus
+from embdiff.data import Corpus, Example
 from embdiff.errors import UserError
 from embdiff.losses import Network
 from embdiff.objectives import OBJECTIVES, Objective
@@ -128,16 +128,7 @@ def train(
     by_main(accelerator, lambda: check_output(output, resume, overwrite, inputs))
     corpus = corpus or main_first(  # the others then find it in the cache
         accelerator,
-        lambda: load_corpus(
-            config.data,
-            text_column=config.text_column,
-            prompt_column=config.prompt_column,
-            separator=config.separator,
-            validation=config.validation,
-            valid_share=config.valid_share,
-            limit=config.limit,
-            progress=accelerator.is_main_process,
-        ),
+        lambda: config.corpus(progress=accelerator.is_main_process),
     )
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision != "no":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import sys
@@ -38,6 +39,19 @@ def check_seed(seed: int) -> None:
     """Refuses a seed that a generator, or the seed of a later sample, has no room for."""
     if not 0 <= seed < 2**62:
         raise UserError(f"--seed {seed} is out of range: give 0 to {2**62 - 1}")
+
+
+def check_counts(**counts: int) -> None:
+    """Refuses numbers of things below 1; each is named like its option."""
+    for name, value in counts.items():
+        if value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value} is too small: give at least 1")
+
+
+def check_temperature(value: float) -> None:
+    """Refuses what is no temperature."""
+    if not (math.isfinite(value) and value > 0):
+        raise UserError(f"--temperature {value} is out of range: give a number above 0")
 
 
 def duration(value: float) -> str:
@@ -131,21 +145,10 @@ def run_config(model: str | Path) -> TrainConfig | None:
 
 def run_corpus(model: str | Path, progress: bool = True) -> Corpus:
     """What a run was trained and validated with."""
-    from embdiff.data import load_corpus
-
     config = run_config(model)
     if config is None:
         raise UserError(f"{model} does not say what it was trained on: name texts with --data")
-    return load_corpus(
-        config.data,
-        text_column=config.text_column,
-        prompt_column=config.prompt_column,
-        separator=config.separator,
-        validation=config.validation,
-        valid_share=config.valid_share,
-        limit=config.limit,
-        progress=progress,
-    )
+    return config.corpus(progress)
 
 
 def like_run(model: str | Path, data: str) -> list[Example]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from embdiff.cli.common import check_seed, load_pipeline, quiet
+from embdiff.cli.common import check_counts, check_seed, check_temperature, load_pipeline, quiet
 from embdiff.cli.evaluate import check_output, named_judges, real_texts
 from embdiff.errors import UserError
 
@@ -93,15 +92,11 @@ def frontier(
 
 def check(steps: list[int], temperatures: list[float], samples: int, batch_size: int) -> None:
     """Refuses numbers out of range before anything is loaded."""
-    if min(steps) < 1:
-        raise UserError(f"--steps {min(steps)} is too small: give at least 1")
-    if batch_size < 1:
-        raise UserError(f"--batch-size {batch_size} is too small: give at least 1")
+    check_counts(steps=min(steps), batch_size=batch_size)
     if samples < 2:
         raise UserError(f"--samples {samples} is too small: give at least 2, or better 200")
     for value in temperatures:
-        if not (math.isfinite(value) and value > 0):
-            raise UserError(f"--temperature {value} is out of range: give a number above 0")
+        check_temperature(value)
 
 
 def check_kind(picture: Path) -> None:

@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from embdiff.cli.common import SOLVERS, check_seed, load_pipeline, quiet, read_prompts, set_scheduler
+from embdiff.cli.common import (
+    SOLVERS,
+    check_counts,
+    check_seed,
+    check_temperature,
+    load_pipeline,
+    quiet,
+    read_prompts,
+    set_scheduler,
+)
 from embdiff.data import has_lone_surrogate
 from embdiff.errors import UserError
 
@@ -134,14 +143,12 @@ def check(
     num_samples: int, steps: int, cfg_scale: float, batch_size: int, temperature: float | None, seed: int
 ) -> None:
     """Refuses numbers out of range before anything is loaded."""
-    for name, value in (("--num-samples", num_samples), ("--steps", steps), ("--batch-size", batch_size)):
-        if value < 1:
-            raise UserError(f"{name} {value} is too small: give at least 1")
+    check_counts(num_samples=num_samples, steps=steps, batch_size=batch_size)
     check_seed(seed)
     if not math.isfinite(cfg_scale):
         raise UserError(f"--cfg-scale {cfg_scale} is not a finite number: 1 is off, 1.5 to 3 are usual")
-    if temperature is not None and not (math.isfinite(temperature) and temperature > 0):
-        raise UserError(f"--temperature {temperature} is out of range: give a number above 0")
+    if temperature is not None:
+        check_temperature(temperature)
 
 
 def warn_of_long_prompts(pipe: TextDiffusionPipeline, prompts: list[str]) -> None:

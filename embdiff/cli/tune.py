@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from embdiff.cli.common import like_run, load_pipeline, quiet, run_corpus
-from embdiff.errors import UserError
+from embdiff.cli.common import check_counts, check_seed, like_run, load_pipeline, quiet, run_corpus
 
 if TYPE_CHECKING:
     from embdiff.data import Corpus, Example
@@ -30,18 +29,13 @@ def tune_steps(
 
     [bold]embdiff tune-steps runs/docstrings --steps 8 --steps 16[/bold]
     """
-    if samples < 1:
-        raise UserError(f"--samples {samples} is too small: give at least 1")
-    if min(steps) < 1:
-        raise UserError(f"--steps {min(steps)} is too small: give at least 1")
-    if not 0 <= seed < 2**62:
-        raise UserError(f"--seed {seed} is out of range: give 0 to 2^62 - 1")
+    check_counts(samples=samples, steps=min(steps))
+    check_seed(seed)
     quiet()
     from embdiff.checkpoint import save_folder
     from embdiff.tuning import Examiner, tune
 
     pipe = load_pipeline(str(model), device)
-    pipe.set_progress_bar_config(disable=True)
     texts = run_corpus(model) if data is None else halves(like_run(model, data))
     examiner = Examiner(
         pipe, texts.train, some(texts.valid or texts.train, 500), samples=samples, seed=seed, guidance_scale=cfg_scale

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from embdiff.batches import encode, spread
 from embdiff.errors import UserError
 from embdiff.evaluation import metrics
 from embdiff.evaluation.judges import Judge, cross_entropy
@@ -23,6 +24,7 @@ from embdiff.evaluation.likelihood import TOLERANCE, Likelihood, bound, flow_bou
 from embdiff.evaluation.mauve import divergence
 from embdiff.evaluation.ngram import NGram
 from embdiff.evaluation.samples import as_written, draw, some
+from embdiff.noise import noise_schedule
 
 if TYPE_CHECKING:
     from embdiff.data import Example
@@ -104,6 +106,18 @@ def evaluate(
     figures["likelihood"] = _likelihoods(pipe, short, protocol, advance)
     complete: Figures = finite(figures | {"run": run(pipe, time.monotonic() - start)})
     return complete
+
+
+def counted(advance: Callable[[str, int, int], None], what: str, total: int) -> Callable[[int], None]:
+    """`advance` for one thing, told how many more texts were done."""
+    done = 0
+
+    def forward(texts: int) -> None:
+        nonlocal done
+        done += texts
+        advance(what, done, total)
+
+    return forward
 
 
 def finite(value: Any) -> Any:
@@ -192,27 +206,17 @@ def _likelihoods(
     protocol: Protocol,
     advance: Callable[[str, int, int], None],
 ) -> Figures:
-    from embdiff.batches import encode
-    from embdiff.noise import noise_schedule
-
     config = pipe.denoiser.config
     schedule = noise_schedule(dict(pipe.config.fitted_schedule))
 
     def measured(count: int | None, what: str, measure: Callable[..., Likelihood], **settings: Any) -> Figures:
-        chosen = list(valid) if count is None else [valid[i] for i in _spread(len(valid), count)]
+        chosen = list(valid) if count is None else [valid[i] for i in spread(len(valid), count)]
         encoded = encode(
             chosen, pipe.tokenizer, config.max_length, config.max_prompt_length, on_long="drop", what="text"
         )
-        done = 0
-
-        def forward(texts: int) -> None:
-            nonlocal done
-            done += texts
-            advance(what, done, len(encoded))
-
         found = measure(
-            pipe.denoiser, encoded, schedule, seed=protocol.seed, batch_size=protocol.batch_size, advance=forward,
-            **settings,
+            pipe.denoiser, encoded, schedule, seed=protocol.seed, batch_size=protocol.batch_size,
+            advance=counted(advance, what, len(encoded)), **settings,
         )  # fmt: skip
         return {
             "nats_per_token": round(found.nats_per_token, 4),
@@ -251,15 +255,9 @@ def _sampled(
         reference_figures(known[:1], [known[:1]])  # and so does a library that isn't there
 
     def drawn(what: str, seed: int, each: int = 1) -> list[str]:
-        done, wanted = 0, [p for p in prompts for _ in range(each)]
-
-        def forward(texts: int) -> None:
-            nonlocal done
-            done += texts
-            advance(what, done, len(wanted))
-
+        wanted = [p for p in prompts for _ in range(each)]
         return draw(
-            pipe, wanted, seed=seed, batch_size=protocol.batch_size, advance=forward,
+            pipe, wanted, seed=seed, batch_size=protocol.batch_size, advance=counted(advance, what, len(wanted)),
             num_inference_steps=protocol.steps, **protocol.options,
         )  # fmt: skip
 
@@ -317,11 +315,6 @@ def _prompts(
         )
     if len(own) < FEWEST:
         raise UserError(f"{len(own)} different prompts are too few to judge their samples: give {FEWEST} or more")
-    chosen = [list(own)[i] for i in _spread(len(own), count)]
+    different = list(own)
+    chosen = [different[i] for i in spread(len(different), count)]
     return list(chosen), [answers[prompt] for prompt in chosen]
-
-
-def _spread(size: int, count: int) -> list[int]:
-    from embdiff.batches import spread
-
-    return [int(i) for i in spread(size, count)]
