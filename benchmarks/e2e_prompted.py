@@ -46,6 +46,7 @@ def main(
     max_time: str = typer.Option("22m", help="Training time."),
     max_steps: int | None = typer.Option(None, help="Training steps, instead of a time."),
     size: str = typer.Option("mini", help="Model size."),
+    batch_size: int = typer.Option(64, help="Texts of 64 positions a step."),
     meanings: int = typer.Option(100, help="Validation meanings to choose by."),
     test_meanings: int = typer.Option(630, help="Test meanings; 630 are all."),
     results: Path = typer.Option(Path("benchmarks/results/e2e_prompted.json"), help="Where the figures go."),
@@ -53,8 +54,8 @@ def main(
     """Trains, chooses on validation meanings, measures on the test set."""
     config = TrainConfig(
         data=str(data / "src1_train.txt"), validation=str(data / "src1_valid.txt"), separator="||",
-        tokenizer="word", min_count=11, size=size, max_length=64, batch_size=64, infill=0.0, save_every=200,
-        max_steps=max_steps, max_time=None if max_steps else seconds(max_time),
+        tokenizer="word", min_count=11, size=size, max_length=64, batch_size=batch_size, infill=0.0,
+        save_every=200, max_steps=max_steps, max_time=None if max_steps else seconds(max_time),
     )  # fmt: skip
     pipe = trained(output, config)
     valid, test = validation_cases(data / "src1_valid.txt", meanings), test_cases(data / "testset_w_refs.csv")

@@ -167,7 +167,7 @@ SHAPE = ("dim", "width", "depth", "heads")
 CHOICES = {
     "size": tuple(SIZES),
     "optimizer": ("muon", "adamw"),
-    "objective": ("ce", "vlb", *BASELINES),
+    "objective": ("ce", "vlb", "mixed", *BASELINES),
     "schedule": tuple(FITS),
     "dtype": ("auto", "bf16", "fp32"),
     "on_long": ("truncate", "drop"),

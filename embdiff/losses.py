@@ -48,10 +48,8 @@ def cross_entropy(
     gamma: [B]; noise: [B, L, D]; network: the passes to call instead of the denoiser's own.
     """
     h = features(denoiser, batch, denoiser.space.embed(batch.ids), gamma, noise, self_condition, network)
-    losses = ops.cross_entropy(h, denoiser.output_weight(), batch.ids)
-    target = batch.target().float()
-    per_example = (losses.detach() * target).sum(1) / target.sum(1).clamp(min=1)
-    return Loss((losses * target).sum() / target.sum().clamp(min=1), per_example)
+    nats = ops.cross_entropy(h, denoiser.output_weight(), batch.ids)
+    return Loss(mean_over_target(nats, batch), cross_entropies(nats, batch))
 
 
 def variational_loss(
@@ -70,13 +68,46 @@ def variational_loss(
     """
     x = denoiser.space.embed(batch.ids).detach()
     h = features(denoiser, batch, x, gamma, noise, self_condition, network)
-    target = batch.target().float()
-    x0 = ops.expectation(h, denoiser.output_weight(), denoiser.space.table().detach()).mean
-    error = ((x0 - x).square().sum(-1) * target).sum(1)
-    loss = (0.5 * torch.exp(-gamma) * error / density).sum() / target.sum().clamp(min=1)
+    diffusion = diffusion_terms(denoiser, h, x, gamma, density)
     with torch.no_grad():
-        ce = ops.cross_entropy(h, denoiser.output_weight(), batch.ids)
-    return Loss(loss, (ce * target).sum(1) / target.sum(1).clamp(min=1))
+        nats = ops.cross_entropy(h, denoiser.output_weight(), batch.ids)
+    return Loss(mean_over_target(diffusion, batch), cross_entropies(nats, batch))
+
+
+def mixed_loss(
+    denoiser: Denoiser,
+    batch: Batch,
+    gamma: Tensor,
+    noise: Tensor,
+    self_condition: bool,
+    density: Tensor,
+    network: Network | None = None,
+) -> Loss:
+    """The sum of `cross_entropy` and `variational_loss`, of one prediction; the former alone moves the embeddings that
+    are to be predicted."""
+    x = denoiser.space.embed(batch.ids)
+    h = features(denoiser, batch, x, gamma, noise, self_condition, network)
+    nats = ops.cross_entropy(h, denoiser.output_weight(), batch.ids)
+    diffusion = diffusion_terms(denoiser, h, x.detach(), gamma, density)
+    return Loss(mean_over_target(nats + diffusion, batch), cross_entropies(nats, batch))
+
+
+def diffusion_terms(denoiser: Denoiser, h: Tensor, x: Tensor, gamma: Tensor, density: Tensor) -> Tensor:
+    """[B, L]: estimates of the bound's diffusion term at each position, from features h where x [B, L, D] is true."""
+    x0 = ops.expectation(h, denoiser.output_weight(), denoiser.space.table().detach()).mean
+    return (0.5 * torch.exp(-gamma) / density)[:, None] * (x0 - x).square().sum(-1)
+
+
+def mean_over_target(values: Tensor, batch: Batch) -> Tensor:
+    """The mean of [B, L] over all target positions."""
+    target = batch.target().float()
+    return (values * target).sum() / target.sum().clamp(min=1)
+
+
+def cross_entropies(nats: Tensor, batch: Batch) -> Tensor:
+    """[B]: the mean of [B, L] over each example's target positions, detached."""
+    target = batch.target().float()
+    return (nats.detach() * target).sum(1) / target.sum(1).clamp(min=1)
 
 
 def features(

@@ -96,7 +96,7 @@ class Objective:
 
 
 class Diffusion(Objective):
-    """Denoising embeddings, by cross-entropy ("ce") or the variational bound ("vlb")."""
+    """Denoising embeddings, by cross-entropy ("ce"), the variational bound ("vlb") or the sum of both ("mixed")."""
 
     part = "denoiser"
     model: Denoiser
@@ -126,7 +126,8 @@ class Diffusion(Objective):
             loss = losses.cross_entropy(self.model, batch, gamma, eps, self_condition, self.network)
         else:
             density = torch.from_numpy(1 / self.fit.schedule.derivative(t[mine])).float().to(device)
-            loss = losses.variational_loss(self.model, batch, gamma, eps, self_condition, density, self.network)
+            bounded = losses.variational_loss if config.objective == "vlb" else losses.mixed_loss
+            loss = bounded(self.model, batch, gamma, eps, self_condition, density, self.network)
         if batch.ids.shape[1] == config.max_length:
             # The schedule is fitted to what sampling sees: whole texts.
             self.pending.append((gamma, loss.cross_entropy))
@@ -286,7 +287,7 @@ class Masked(BaselineObjective):
 
 
 OBJECTIVES: dict[str, type[Objective]] = {
-    "ce": Diffusion, "vlb": Diffusion, "autoregressive": Autoregressive, "masked": Masked,
+    "ce": Diffusion, "vlb": Diffusion, "mixed": Diffusion, "autoregressive": Autoregressive, "masked": Masked,
 }  # fmt: skip
 
 

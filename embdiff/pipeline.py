@@ -353,7 +353,7 @@ def load(model: str) -> TextDiffusionPipeline:
         if (found := baselines.kind(folder)) is not None:
             raise UserError(
                 f"the {found} model in {model} is a baseline, for embdiff eval --judge and benchmarks: "
-                "name a folder that embdiff train wrote with --objective ce or vlb"
+                "name a folder that embdiff train wrote with --objective ce, vlb or mixed"
             )
         if (folder / "run.yaml").exists():
             raise UserError(

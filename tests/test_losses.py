@@ -109,6 +109,17 @@ def test_the_variational_loss_estimates_the_diffusion_term():
     assert torch.stack(values).mean().item() == pytest.approx(torch.stack(bounds).mean().item(), rel=0.1)
 
 
+def test_the_mixed_loss_is_the_sum_of_the_others():
+    model = lively(Denoiser(20, dim=16, width=32, depth=1, heads=2, condition_width=16))
+    batch, gamma, noise = Batch(torch.randint(20, (6, 4))), torch.linspace(-1, 4, 6), torch.randn(6, 4, 16)
+    density = torch.full((6,), 0.5)
+    mixed = losses.mixed_loss(model, batch, gamma, noise, True, density)
+    ce = losses.cross_entropy(model, batch, gamma, noise, True)
+    bound = losses.variational_loss(model, batch, gamma, noise, True, density)
+    assert mixed.total.item() == pytest.approx(ce.total.item() + bound.total.item(), rel=1e-5)
+    torch.testing.assert_close(mixed.cross_entropy, ce.cross_entropy)
+
+
 def test_the_bound_draws_its_levels_in_strata_over_the_whole_batch(monkeypatch):
     model = lively(Denoiser(9, dim=8, width=16, depth=1, heads=2, condition_width=8))
     seen = []

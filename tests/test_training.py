@@ -134,8 +134,9 @@ def test_initial_embeddings_are_not_the_noise_of_the_same_seed(tmp_path, seed):
     assert torch.nn.functional.cosine_similarity(noise[:, None], table[None], -1).max() < 0.9
 
 
-def test_the_bound_objective_trains_too(tmp_path):
-    train(small(objective="vlb", max_steps=3), tmp_path / "run", corpus=corpus())
+@pytest.mark.parametrize("objective", ["vlb", "mixed"])
+def test_the_objectives_with_the_bound_train_too(tmp_path, objective):
+    train(small(objective=objective, max_steps=3), tmp_path / "run", corpus=corpus())
 
 
 def test_adamw_accumulation_infilling_and_a_table_schedule_train_too(tmp_path):

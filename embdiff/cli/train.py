@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 from embdiff.cli.common import duration, quiet, seconds
 from embdiff.errors import UserError
 
-OBJECTIVE_HELP = "ce (cross-entropy), vlb (variational bound), or a baseline: autoregressive, masked."
+OBJECTIVE_HELP = "ce (cross-entropy), vlb (variational bound), mixed (both), or a baseline: autoregressive, masked."
 DATA_HELP = "A .txt, .jsonl, .csv, .tsv or .parquet file, a folder of them, `docstrings`, or a data set on the hub."
 
 
