@@ -13,6 +13,7 @@ fast: they say little on dropout, size and averages over long times.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "table schedule": {"schedule": "table"},
     "loss: bound": {"objective": "vlb"},
     "loss: both": {"objective": "mixed"},
+    "dim 32, self-conditioning 0.9, loss: both": {"dim": 32, "self_condition": 0.9, "objective": "mixed"},
     "infill 0.3": {"infill": 0.3},
     "filter from the start": {"filter_ramp": 0},
     "no average": {"ema": 0.0},
@@ -75,7 +77,7 @@ def main(
             "batch_size": 32, "infill": 0.0, "max_steps": steps, "save_every": steps, "validate_every": steps,
             "previews": 0, **change,
         })  # fmt: skip
-        pipe = trained(output / name.replace(" ", "-").replace(":", ""), config)
+        pipe = trained(output / re.sub(r"[^a-z0-9.]+", "-", name.lower()), config)
         judge = judge or NGramJudge(as_written(pipe.tokenizer, texts["train"]))
         lines = encode(
             [Example(text) for text in some(texts["valid"], 600, seed=1)], pipe.tokenizer,

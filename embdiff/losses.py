@@ -18,7 +18,7 @@ from torch import Tensor
 from embdiff import ops
 from embdiff.batches import Batch
 from embdiff.denoiser import Context, Denoiser
-from embdiff.noise import NoiseSchedule, corrupt
+from embdiff.noise import Array, NoiseSchedule, corrupt
 
 
 class Loss(NamedTuple):
@@ -164,8 +164,8 @@ def variational_bound(
                  - E log p(x | z_g0)                                      reconstruction
                  + KL(q(z_g1 | x) || N(0, I))                             prior
 
-    The integral is estimated by importance sampling at gamma(t) with t uniform: `samples` strata for each example,
-    offset over the batch. z_g0 is decoded by the matched filter alone. x0 is the prediction of the second of two
+    The integral is estimated by importance sampling (`levels`): `samples` strata for each example, offset over the
+    batch. z_g0 is decoded by the matched filter alone. x0 is the prediction of the second of two
     self-conditioning passes: a function of z_gamma only, so the bound holds. Every target position counts: the end
     of text, padding and `<unk>` are charged like words. g0, g1: the ends of `schedule`.
     """
@@ -179,12 +179,11 @@ def variational_bound(
     offset = float(torch.rand(1, generator=generator, dtype=torch.float64))  # one for all: strata over the batch too
     diffusion = torch.zeros(B, device=x.device)
     for k in range(samples):
-        t = (k + (offset + np.arange(B) / B) % 1.0) / samples
-        gamma = torch.from_numpy(schedule.gamma(t)).float().to(x.device)
-        slope = torch.from_numpy(schedule.derivative(t)).float().to(x.device)
+        drawn, width = levels(schedule, (k + (offset + np.arange(B) / B) % 1.0) / samples)
+        gamma, weight = (torch.from_numpy(v).float().to(x.device) for v in (drawn, width))
         h = features(denoiser, batch, x, gamma, draw(), True)
         error = ((denoiser.x0(h) - x).square().sum(-1) * target).sum(1)
-        diffusion += 0.5 * torch.exp(-gamma) * slope * error / samples
+        diffusion += 0.5 * torch.exp(-gamma) * weight * error / samples
 
     g0, g1 = (float(g) for g in schedule.gamma([0.0, 1.0]))
     low = torch.full((B,), g0, device=x.device)
@@ -194,3 +193,16 @@ def variational_bound(
     # Per coordinate (alpha^2 x^2 + sigma^2 - 1 - log sigma^2) / 2, and x^2 averages to 1.
     prior = 0.5 * denoiser.dim * math.log1p(math.exp(-g1)) * target.sum(1)
     return Bound(diffusion, reconstruction, prior)
+
+
+def levels(schedule: NoiseSchedule, u: Array) -> tuple[Array, Array]:
+    """Noise levels for numbers u, uniform in [0, 1), and one over the density with which they are drawn.
+
+    Half are the schedule's quantiles, half lie evenly between its ends: a schedule fitted to cross-entropy hardly ever
+    visits low noise, where the rare token that the model is wrong about costs e^-gamma (defensive importance sampling,
+    Hesterberg 1995). No weight is above twice the schedule's width in gamma.
+    """
+    g0, g1 = (float(g) for g in schedule.gamma([0.0, 1.0]))
+    gamma = np.where(u < 0.5, schedule.gamma(2 * u), g0 + (g1 - g0) * (2 * u - 1))
+    density = 0.5 / np.maximum(schedule.derivative(schedule.t(gamma)), 1e-12) + 0.5 / (g1 - g0)
+    return gamma, 1 / density

@@ -3,13 +3,17 @@
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import norm
 
 from embdiff import losses
 from embdiff.batches import Batch, Prompts
 from embdiff.denoiser import Denoiser
-from embdiff.noise import CosineSchedule, GumbelSchedule
+from embdiff.noise import SCHEDULES, CosineSchedule, GumbelSchedule
 from tests.conftest import lively
 
 
@@ -100,12 +104,12 @@ def test_the_variational_loss_estimates_the_diffusion_term():
     generators = [torch.Generator().manual_seed(seed) for seed in range(runs)]
     bounds = [losses.variational_bound(model, batch, schedule, g, samples=4).diffusion.mean() / L for g in generators]
     values = []
-    batch, rows = Batch(ids.repeat(4, 1)), 2400  # as many levels as there: a few of them decide, at low noise
+    batch, rows = Batch(ids.repeat(4, 1)), 2400  # as many levels as there
     for _ in range(runs):
         t = ((torch.arange(rows, dtype=torch.float64) + torch.rand(1).double()) / rows).numpy()
-        gamma = torch.from_numpy(schedule.gamma(t)).float()
-        density = torch.from_numpy(1 / schedule.derivative(t)).float()
-        values.append(losses.variational_loss(model, batch, gamma, torch.randn(rows, L, 16), True, density).total)
+        gamma, weight = (torch.from_numpy(v).float() for v in losses.levels(schedule, t))
+        noise = torch.randn(rows, L, 16)
+        values.append(losses.variational_loss(model, batch, gamma, noise, True, 1 / weight).total)
     assert torch.stack(values).mean().item() == pytest.approx(torch.stack(bounds).mean().item(), rel=0.1)
 
 
@@ -120,18 +124,29 @@ def test_the_mixed_loss_is_the_sum_of_the_others():
     torch.testing.assert_close(mixed.cross_entropy, ce.cross_entropy)
 
 
+@pytest.mark.parametrize("name", sorted(set(SCHEDULES) - {"table"}))
+@given(st.floats(-3, 3), st.floats(0.3, 2))
+def test_levels_and_their_weights_integrate_over_gamma(name, middle, width):
+    schedule = SCHEDULES[name](gamma_min=-6.0, gamma_max=7.0)
+    gamma, weight = losses.levels(schedule, (np.arange(20_000) + 0.5) / 20_000)
+    assert np.all((gamma >= -6) & (gamma <= 7) & (weight <= 2 * 13 + 1e-9))
+    bell = np.exp(-0.5 * ((gamma - middle) / width) ** 2)
+    area = width * math.sqrt(2 * math.pi) * (norm.cdf((7 - middle) / width) - norm.cdf((-6 - middle) / width))
+    assert float((bell * weight).mean()) == pytest.approx(area, rel=0.01)
+
+
 def test_the_bound_draws_its_levels_in_strata_over_the_whole_batch(monkeypatch):
     model = lively(Denoiser(9, dim=8, width=16, depth=1, heads=2, condition_width=8))
     seen = []
-    features = losses.features
+    levels = losses.levels
 
-    def spy(denoiser, batch, x, gamma, *rest):
-        seen.append(gamma)
-        return features(denoiser, batch, x, gamma, *rest)
+    def spy(schedule, u):
+        seen.extend(u)
+        return levels(schedule, u)
 
-    monkeypatch.setattr(losses, "features", spy)
+    monkeypatch.setattr(losses, "levels", spy)
     schedule = GumbelSchedule.initial(8, 9)
     losses.variational_bound(model, Batch(torch.zeros(16, 3, dtype=torch.long)), schedule, torch.Generator(), samples=3)
-    times = sorted(schedule.t(torch.cat(seen).double().numpy()))
+    times = sorted(seen)
     gaps = [later - earlier for earlier, later in pairwise([*times, times[0] + 1])]
     assert max(gaps) == pytest.approx(1 / 48, abs=1e-3)
