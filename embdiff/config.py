@@ -62,7 +62,7 @@ class TrainConfig:
 
     objective: str = "ce"
     schedule: str = "gumbel"
-    self_condition: float = 0.5
+    self_condition: float = 0.9
     drop_prompt: float = 0.1
     infill: float = 0.1
     window: float = 0.6

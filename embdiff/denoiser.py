@@ -28,7 +28,7 @@ from embdiff.space import EmbeddingSpace
 
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"dim": 32, "width": 128, "depth": 4, "heads": 4},
-    "mini": {"dim": 64, "width": 192, "depth": 6, "heads": 3},
+    "mini": {"dim": 32, "width": 192, "depth": 6, "heads": 3},
     "small": {"dim": 64, "width": 256, "depth": 6, "heads": 4},
     "medium": {"dim": 64, "width": 512, "depth": 8, "heads": 8},
     "base": {"dim": 128, "width": 768, "depth": 12, "heads": 12},
