@@ -75,8 +75,8 @@ def main(
         steps = round(max_steps * change.pop("steps", 1.0))
         config = TrainConfig(**{
             "data": str(train), "validation": str(valid), "tokenizer": "word", "min_count": min_count, "size": size,
-            "dim": 64, "self_condition": 0.5, "batch_size": 32, "infill": 0.0, "max_steps": steps, "save_every": steps, "validate_every": steps,
-            "previews": 0, **change,
+            "dim": 64, "self_condition": 0.5, "batch_size": 32, "infill": 0.0, "max_steps": steps, "save_every": steps,
+            "validate_every": steps, "previews": 0, **change,
         })  # fmt: skip
         pipe = trained(output / re.sub(r"[^a-z0-9.]+", "-", name.lower()), config)
         judge = judge or NGramJudge(as_written(pipe.tokenizer, texts["train"]))
