@@ -66,11 +66,22 @@ class Context(NamedTuple):
 
     @staticmethod
     def stack(contexts: list[Context]) -> Context:
-        """Contexts of the same C side by side in the batch."""
+        """Contexts side by side in the batch, each as wide as the widest."""
+        widest = max(c.mask.shape[1] for c in contexts)
+        wide = [c.widened(widest) for c in contexts]
         return Context(
-            torch.cat([c.keys for c in contexts], 1),
-            torch.cat([c.values for c in contexts], 1),
-            torch.cat([c.mask for c in contexts], 0),
+            torch.cat([c.keys for c in wide], 1),
+            torch.cat([c.values for c in wide], 1),
+            torch.cat([c.mask for c in wide], 0),
+        )
+
+    def widened(self, width: int) -> Context:
+        """With positions at the end that nobody sees."""
+        more = width - self.mask.shape[1]
+        if not more:
+            return self
+        return Context(
+            F.pad(self.keys, (0, 0, 0, more)), F.pad(self.values, (0, 0, 0, more)), F.pad(self.mask, (0, more))
         )
 
 

@@ -25,33 +25,68 @@ CHUNK = 256  # rows of logits held at a time
 class Posterior(NamedTuple):
     """The token posterior of each position, as far as a sampler needs it.
 
-    mean: [.., D], the mean embedding of the tokens that are not kept apart;
+    mean: [.., D], the mean embedding of the words, the tokens that are not kept apart;
     kept: [.., K], the probability of each token that is kept apart (K may be 0).
+    share: [.., C], how probable each class of words is, among words that are in a class; None without classes.
+    each: [.., C, D], the mean embedding of each class; None without classes.
     """
 
     mean: Tensor
     kept: Tensor
+    share: Tensor | None = None
+    each: Tensor | None = None
+
+
+class Classes(NamedTuple):
+    """Classes of words. order: the token ids, class after class; sizes: of the classes."""
+
+    order: Tensor
+    sizes: Sequence[int]
+
+
+# (logits [R, V] of words, number of the first row) -> logits: tempered and with -inf for tokens that are kept apart.
+Tilting = Callable[[Tensor, int], Tensor]
 
 
 def expectation_reference(
-    h: Tensor, weight: Tensor, table: Tensor, temperature: float = 1.0, keep: tuple[int, ...] = ()
+    h: Tensor,
+    weight: Tensor,
+    table: Tensor,
+    temperature: float = 1.0,
+    keep: tuple[int, ...] = (),
+    classes: Classes | None = None,
+    tilts: Sequence[Tilting] = (),
 ) -> Posterior:
     """The posterior with materialised logits, in the precision of its inputs.
 
     p = softmax(h weight^T). The tokens in `keep` stay as probable as p says; the others share the rest according to
-    p^(1/temperature). With an empty `keep`, temperature 1, `mean` is softmax(logits) E ("score interpolation",
-    CDCD, arXiv:2211.15089, equation 3).
+    p^(1/temperature), changed by the tilts. With an empty `keep`, temperature 1, `mean` is softmax(logits) E ("score
+    interpolation", CDCD, arXiv:2211.15089, equation 3).
     """
     logits = h @ weight.T
     ids = list(keep)
     kept = logits.softmax(-1)[..., ids]
     words = logits / temperature
     words[..., ids] = -torch.inf
-    return Posterior(words.softmax(-1) @ table, kept)
+    for tilt in tilts:
+        words = tilt(words.reshape(-1, words.shape[-1]), 0).reshape(words.shape)
+    p = words.softmax(-1)
+    if classes is None:
+        return Posterior(p @ table, kept)
+    groups = torch.split(classes.order, list(classes.sizes))
+    share = torch.stack([words[..., group].logsumexp(-1) for group in groups], -1).softmax(-1)
+    each = torch.stack([words[..., group].softmax(-1) @ table[group] for group in groups], -2)
+    return Posterior((share[..., None] * each).sum(-2), kept, share, each)
 
 
 def expectation(
-    h: Tensor, weight: Tensor, table: Tensor, temperature: float = 1.0, keep: Sequence[int] | Tensor = ()
+    h: Tensor,
+    weight: Tensor,
+    table: Tensor,
+    temperature: float = 1.0,
+    keep: Sequence[int] | Tensor = (),
+    classes: Classes | None = None,
+    tilts: Sequence[Tilting] = (),
 ) -> Posterior:
     """`expectation_reference` in row chunks: softmax in fp32, matrix products in the precision of `h`.
 
@@ -60,17 +95,44 @@ def expectation(
     rows = h.reshape(-1, h.shape[-1])
     weight, table = weight.to(h.dtype), table.to(h.dtype)
     ids = keep if isinstance(keep, Tensor) else list(keep)
-    means, kepts = [], []
-    for chunk in torch.split(rows, CHUNK):
+    sorted_table = None if classes is None else torch.split(table[classes.order], list(classes.sizes))
+    found: list[tuple[Tensor, ...]] = []
+    for start, chunk in zip(range(0, len(rows), CHUNK), torch.split(rows, CHUNK), strict=True):
         logits = F.linear(chunk, weight).float()
+        kept = logits.new_zeros((len(chunk), 0))
         if len(ids):
-            kepts.append((logits[:, ids] - logits.logsumexp(-1, keepdim=True)).exp())
+            kept = (logits[:, ids] - logits.logsumexp(-1, keepdim=True)).exp()
             logits[:, ids] = -torch.inf
-        p = (logits if temperature == 1.0 else logits / temperature).softmax(-1)
-        means.append((p.to(h.dtype) @ table).float())
-    mean = torch.cat(means).reshape(*h.shape[:-1], table.shape[-1])
-    kept = torch.cat(kepts) if len(ids) else rows.new_zeros((rows.shape[0], 0), dtype=torch.float32)
-    return Posterior(mean, kept.reshape(*h.shape[:-1], len(ids)))
+        logits = logits if temperature == 1.0 else logits / temperature
+        for tilt in tilts:
+            logits = tilt(logits, start)
+        if classes is None or sorted_table is None:
+            found.append(((logits.softmax(-1).to(h.dtype) @ table).float(), kept))
+            continue
+        # Class by class, so that the mean of an improbable one is as exact as that of a probable one.
+        groups = torch.split(logits[:, classes.order], list(classes.sizes), 1)
+        share = torch.stack([group.logsumexp(1) for group in groups], 1).softmax(1)
+        pairs = zip(groups, sorted_table, strict=True)
+        each = torch.stack([(group.softmax(1).to(h.dtype) @ rows_of).float() for group, rows_of in pairs], 1)
+        found.append(((share[..., None] * each).sum(1), kept, share, each))
+    columns = [torch.cat(column) for column in zip(*found, strict=True)]
+    return Posterior(*(column.reshape(*h.shape[:-1], *column.shape[1:]) for column in columns))
+
+
+def class_max_reference(h: Tensor, weight: Tensor, classes: Classes) -> tuple[Tensor, Tensor]:
+    """The highest logit of each class [.., C], and the token that has it [.., C]."""
+    groups = torch.split(classes.order, list(classes.sizes))
+    found = [(h @ weight[group].T).max(-1) for group in groups]
+    tokens = [group[best.indices] for group, best in zip(groups, found, strict=True)]
+    return torch.stack([best.values for best in found], -1), torch.stack(tokens, -1)
+
+
+def class_max(h: Tensor, weight: Tensor, classes: Classes) -> tuple[Tensor, Tensor]:
+    """`class_max_reference` in row chunks."""
+    rows = h.reshape(-1, h.shape[-1])
+    found = [class_max_reference(chunk, weight, classes) for chunk in torch.split(rows, CHUNK)]
+    values, tokens = (torch.cat(column).reshape(*h.shape[:-1], -1) for column in zip(*found, strict=True))
+    return values, tokens
 
 
 def argmax_reference(h: Tensor, weight: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
 
 import torch
@@ -18,12 +18,13 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from embdiff import baselines, ops, vocabulary
-from embdiff.batches import Prompts
-from embdiff.denoiser import Context, Denoiser
+from embdiff import baselines, vocabulary
+from embdiff.denoiser import Denoiser
 from embdiff.errors import UserError
 from embdiff.guidance import ClassifierFreeGuidance, Guidance
+from embdiff.guidance.base import Run
 from embdiff.noise import GumbelSchedule, noise_schedule
+from embdiff.prediction import Predictor
 from embdiff.schedulers import EmbeddingScheduler, adapted
 
 Callback = Callable[["TextDiffusionPipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
@@ -145,27 +146,24 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
             raise UserError(f"output_type {output_type!r} is unknown: choose text, seq or latent")
         B = len(prompts) * num_samples
         generators = sample_generators(generator, B)
-        modules = [ClassifierFreeGuidance(guidance_scale), *guidance]
-        guided = any(module.scale != 1.0 for module in modules)
-        contexts = self._contexts(prompts, negative_prompt, num_samples, guided)
+        run = self._run(prompts, negative_prompt, num_samples, length)
         noise = NoiseAhead(generators, (length, self.denoiser.dim), self.device)
 
         solver.set_timesteps(num_inference_steps, device=self.device)
         solver.set_begin_index(0)
+        gammas: list[float] = solver.gammas.tolist()
         z = noise.draw(1)[0] * solver.init_noise_sigma
-        quantile = self._uniform(generators) if draw_length else None
         predictor = Predictor(
-            self.denoiser,
-            contexts,
-            modules,
-            temperature,
-            self._kept_tokens(),
-            quantile,
+            run,
+            [ClassifierFreeGuidance(guidance_scale), *guidance],
+            gammas=gammas,
+            temperature=temperature,
+            kept=self._kept_tokens(),
+            quantile=self._uniform(generators) if draw_length else None,
             draw_above=float(noise_schedule(dict(self.config.fitted_schedule)).gamma(DRAW_LENGTH_ABOVE)),
             length_bias=length_bias,
         )
-        x0 = torch.zeros_like(z)
-        gammas: list[float] = solver.gammas.tolist()
+        x0: Tensor | None = None
         self._num_timesteps = len(gammas)
         with self.progress_bar(total=len(gammas)) as progress:
             for i, t in enumerate(solver.timesteps):
@@ -181,7 +179,7 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
 
         if output_type == "latent":
             return self._result([], torch.empty(B, 0, dtype=torch.long), z, return_dict)
-        sequences = self.denoiser.space.round(z)
+        sequences = predictor.round(z)
         texts = [] if output_type == "seq" else self.decode(sequences)
         return self._result(texts, sequences, None, return_dict)
 
@@ -217,92 +215,18 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
     def _uniform(self, generators: list[torch.Generator]) -> Tensor:
         return torch.cat([torch.rand(1, generator=g, device=g.device) for g in generators]).to(self.device)
 
-    def _contexts(
-        self, prompts: list[str | None], negative: str | Sequence[str] | None, num_samples: int, guided: bool
-    ) -> tuple[Context | None, Context | None]:
-        """The encoded prompts, and negative prompts if guided, each repeated for its samples; None without a prompt."""
+    def _run(
+        self, prompts: list[str | None], negative: str | Sequence[str] | None, num_samples: int, length: int
+    ) -> Run:
+        """What guidance may know. A negative prompt alone stands beside an empty prompt."""
+        run = Run(self.denoiser, self.tokenizer, len(prompts) * num_samples, length, num_samples)
         if all(p is None for p in prompts) and negative is None:
-            return None, None
-        limit = int(self.denoiser.config.max_prompt_length)
-        if limit == 0:
-            raise UserError("this model was trained without prompts: leave the prompt out, or train on pairs")
+            return run
         positive = [p or "" for p in prompts]
-        negatives = [negative or ""] * len(prompts) if negative is None or isinstance(negative, str) else list(negative)
-        if len(negatives) != len(prompts):
+        negatives = [negative] * len(prompts) if isinstance(negative, str) else negative
+        if negatives is not None and len(negatives) != len(prompts):
             raise UserError(f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one, or one for each")
-        encoded = Prompts.tokenized(self.tokenizer, [*positive, *(negatives if guided else [])], limit).to(self.device)
-        context = self.denoiser.encode_context(encoded.ids, encoded.present, encoded.positions).repeat(num_samples)
-        half = len(prompts) * num_samples
-        return context.take(slice(0, half)), context.take(slice(half, 2 * half)) if guided else None
-
-
-class Predictor:
-    """One guided prediction of x0: denoiser, branches, posterior."""
-
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        contexts: tuple[Context | None, Context | None],
-        modules: Sequence[Guidance],
-        temperature: float,
-        kept: tuple[int, ...],
-        quantile: Tensor | None = None,
-        draw_above: float = -math.inf,
-        length_bias: float = 0.0,
-    ) -> None:
-        self.denoiser = denoiser
-        self.context, self.other = contexts
-        self.modules = [m for m in modules if m.scale != 1.0 and self.context is not None]
-        self.temperature = temperature
-        self.kept = kept if temperature != 1.0 or quantile is not None or length_bias else ()
-        self.draw_above = draw_above
-        self.length_bias = length_bias
-        # Here, so that nothing is copied to the device in the loop.
-        self.kept_ids = torch.tensor(self.kept, dtype=torch.long, device=denoiser.device)
-        self.quantile = None if quantile is None else quantile[:, None, None]
-        self.both = None
-        if self.modules and self.context is not None and self.other is not None:
-            self.both = Context.stack([self.context, self.other])
-        self.table = denoiser.space.table()
-        self.kept_embeddings = self.table[self.kept_ids]
-        self.weight = denoiser.output_weight().to(denoiser.dtype)
-
-    def __call__(self, z: Tensor, gamma: float, self_cond: Tensor) -> Tensor:
-        """x0 [B, L, D], fp32, for latents z at noise level gamma, given the previous x0."""
-        active = [m for m in self.modules if m.active(gamma)]
-        if not active:
-            return self._x0(self._posterior(self._features(z, gamma, self.context, self_cond)), gamma)
-        twice = self._features(torch.cat([z, z]), gamma, self.both, torch.cat([self_cond, self_cond]))
-        for module in (m for m in active if m.space == "logits"):
-            conditional, other = twice.chunk(2)
-            twice = torch.cat([module.combine(conditional, other), other])
-        means = [m for m in active if m.space == "x0"]
-        if not means:
-            return self._x0(self._posterior(twice.chunk(2)[0]), gamma)
-        (mean, other_mean), (kept, other_kept) = (part.chunk(2) for part in self._posterior(twice))
-        for module in means:
-            mean, kept = module.combine(mean, other_mean), module.combine(kept, other_kept).clamp(0.0, 1.0)
-            kept = kept / kept.sum(-1, keepdim=True).clamp(min=1.0)
-        return self._x0(ops.Posterior(mean, kept), gamma)
-
-    def _features(self, z: Tensor, gamma: float, context: Context | None, self_cond: Tensor) -> Tensor:
-        level = torch.full((len(z),), gamma, dtype=torch.float32, device=z.device)
-        return cast(Tensor, self.denoiser(z, level, context, self_cond))
-
-    def _posterior(self, h: Tensor) -> ops.Posterior:
-        return ops.expectation(h, self.weight, self.table, self.temperature, self.kept_ids)
-
-    def _x0(self, posterior: ops.Posterior, gamma: float) -> Tensor:
-        """The mean embedding, with the length tokens drawn at high noise and held back below."""
-        mean, kept = posterior
-        if self.quantile is not None and gamma > self.draw_above:
-            upper = kept.cumsum(-1)
-            kept = ((upper - kept < self.quantile) & (self.quantile <= upper)).to(kept.dtype)
-        elif self.length_bias:
-            # q = p e^-b / (p e^-b + 1 - p): the odds of p divided by e^b, shared out as before.
-            p = kept.sum(-1, keepdim=True)
-            kept = kept / (p + (1 - p) * math.exp(self.length_bias)).clamp(min=1e-12)
-        return kept @ self.kept_embeddings + (1 - kept.sum(-1, keepdim=True)) * mean
+        return replace(run, prompts=positive, negative_prompts=negatives, context=run.encode(positive))
 
 
 class NoiseAhead:

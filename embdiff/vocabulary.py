@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import nullcontext
+from functools import lru_cache
 from hashlib import blake2b
 from itertools import chain, takewhile
 from typing import TYPE_CHECKING, Any
@@ -121,6 +122,27 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> str:
     kept = [i for i in before_end(tokenizer, ids) if i != tokenizer.bos_token_id]
     text: str = tokenizer.decode(kept, skip_special_tokens=False)
     return text
+
+
+@lru_cache(maxsize=4)
+def pieces(tokenizer: PreTrainedTokenizerBase) -> list[str | None]:
+    """What each token adds to a text that has begun; None for special tokens but <unk>, which is read as a word.
+
+    Where the tokenizer sets blanks between tokens, they are the following one's.
+    """
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    words = (i for i in range(len(tokenizer)) if i not in special)
+    before = next(i for i in words if tokenizer.decode([i]).strip().isalpha())
+    begun = tokenizer.decode([before])
+    texts = tokenizer.batch_decode([[before, i] for i in range(len(tokenizer))])
+    return [None if i in special else text.removeprefix(begun) for i, text in enumerate(texts)]
+
+
+def sets_blanks(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the first token of a text is written without the blank that it has elsewhere."""
+    found = pieces(tokenizer)
+    word = next(i for i, text in enumerate(found) if text and text.strip().isalpha())
+    return bool(tokenizer.decode([word]) != found[word])
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -39,8 +39,28 @@ def test_expectation_equals_its_reference(rows, vocab, seed, temperature, keep):
 def test_keeping_tokens_apart_changes_nothing_at_temperature_one(rows, vocab, seed):
     h, weight, table = problem(rows, vocab, seed, torch.float64)
     plain = ops.expectation_reference(h, weight, table).mean
-    mean, kept = ops.expectation_reference(h, weight, table, 1.0, (1, 3))
+    mean, kept, *_ = ops.expectation_reference(h, weight, table, 1.0, (1, 3))
     assert torch.allclose(kept @ table[[1, 3]] + (1 - kept.sum(-1, keepdim=True)) * mean, plain, atol=1e-9)
+
+
+@given(**sizes, temperature=st.sampled_from([0.5, 1.0]))
+def test_classes_and_tilts_equal_their_reference_and_classes_add_up(rows, vocab, seed, temperature):
+    h, weight, table = problem(rows, vocab, seed)
+    words = torch.randperm(vocab - 2, generator=torch.Generator().manual_seed(seed)) + 2
+    classes = ops.Classes(words, (1, vocab // 3, vocab - 3 - vocab // 3))
+    bias = torch.randn(vocab, generator=torch.Generator().manual_seed(seed))
+    tilts = [lambda logits, start: logits + bias.to(logits)]
+    fast = ops.expectation(h, weight, table, temperature, (0, 1), classes, tilts)
+    exact = ops.expectation_reference(h.double(), weight.double(), table.double(), temperature, (0, 1), classes, tilts)
+    for one, other in zip(fast, exact, strict=True):
+        assert torch.allclose(one.double(), other, atol=1e-4)
+    apart = ops.expectation(h, weight, table, temperature, (0, 1), None, tilts)
+    assert torch.allclose(fast.mean, apart.mean, atol=1e-4)
+    assert torch.equal(fast.kept, apart.kept)
+    highest, tokens = ops.class_max(h, weight, classes)
+    logits = h @ weight.T
+    assert torch.allclose(logits.gather(-1, tokens), highest, atol=1e-4)
+    assert torch.allclose(highest.max(-1).values, logits[:, 2:].max(-1).values, atol=1e-4)
 
 
 @given(**sizes, dtype=st.sampled_from([torch.float32, torch.bfloat16]))

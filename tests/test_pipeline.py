@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from embdiff import DDIMScheduler, TextDiffusionPipeline, UserError, ops
 from embdiff.denoiser import Denoiser
 from embdiff.guidance import ClassifierFreeGuidance
-from embdiff.pipeline import Predictor, load
+from embdiff.guidance.base import Run
+from embdiff.pipeline import load
+from embdiff.prediction import Predictor
 from embdiff.schedulers import SCHEDULERS, to_diffusers
 
 
@@ -71,10 +73,14 @@ def test_callbacks_see_every_step_and_may_change_the_latents(pipe):
     assert torch.equal(out.latents, torch.ones(1, 12, 16))
 
 
+def predictor_of(denoiser, **options):
+    return Predictor(Run(denoiser, None, samples=1, length=4), kept=(0, 2), **options)
+
+
 def test_lengths_are_drawn_as_the_posterior_has_them(pipe):
     """Each position is padding for the share of samples that its probability says, and words lie before the end."""
     count = 4000
-    predictor = Predictor(pipe.denoiser, (None, None), [], 0.7, (0, 2), (torch.arange(count) + 0.5) / count)
+    predictor = predictor_of(pipe.denoiser, temperature=0.7, quantile=(torch.arange(count) + 0.5) / count)
     table = pipe.denoiser.space.table()
     probabilities = torch.tensor([[0.0, 0.1], [0.1, 0.3], [0.4, 0.5], [0.9, 0.1]])  # padding, end of text
     word = table[7]
@@ -90,7 +96,7 @@ def test_lengths_are_drawn_as_the_posterior_has_them(pipe):
 @given(st.floats(0, 1), st.floats(0, 1), st.floats(-3, 3).filter(bool))
 def test_the_length_bias_divides_the_odds_of_ending(pad, share, bias):
     denoiser = Denoiser(9, dim=8, width=8, depth=1, heads=2, condition_width=8)
-    predictor = Predictor(denoiser, (None, None), [], 1.0, (0, 2), length_bias=bias)
+    predictor = predictor_of(denoiser, length_bias=bias)
     kept = torch.tensor([[[pad * share, pad * (1 - share)]]], dtype=torch.float32)
     table = torch.eye(9, 8)
     table[8] = 0
@@ -104,7 +110,7 @@ def test_the_length_bias_divides_the_odds_of_ending(pad, share, bias):
 
 def test_without_drawn_lengths_x0_is_the_posterior_mean(pipe):
     z, self_cond = torch.randn(2, 3, 12, 16)
-    predictor = Predictor(pipe.denoiser, (None, None), [], 1.0, (0, 2))
+    predictor = predictor_of(pipe.denoiser)
     h = pipe.denoiser(z, torch.full((3,), 0.5), None, self_cond)
     assert torch.allclose(predictor(z, 0.5, self_cond), pipe.denoiser.x0(h), atol=1e-5)
 
@@ -185,17 +191,16 @@ def test_the_whole_sampling_loop_compiles_without_a_break(pipe, name):
     """Guided, with self-conditioning, lengths drawn, and noise handed in; fullgraph raises at any break."""
     solver = SCHEDULERS[name](noise_schedule=pipe.scheduler.config.noise_schedule)
     solver.set_timesteps(3)
-    contexts = pipe._contexts(["the cat", "a small dog"], None, 1, True)
-    middle = float(solver.noise_schedule.gamma(0.5))
+    run = pipe._run(["the cat", "a small dog"], None, 1, 12)
     predictor = Predictor(
-        pipe.denoiser, contexts, [ClassifierFreeGuidance(2.0)], 0.7, pipe._kept_tokens(), torch.tensor([0.3, 0.6]),
-        draw_above=middle, length_bias=1.0,
+        run, [ClassifierFreeGuidance(2.0)], gammas=solver.gammas.tolist(), temperature=0.7, kept=pipe._kept_tokens(),
+        quantile=torch.tensor([0.3, 0.6]), draw_above=float(solver.noise_schedule.gamma(0.5)), length_bias=1.0,
     )  # fmt: skip
     gammas = solver.gammas.tolist()
 
     def loop(z, noise):
         solver.set_begin_index(0)
-        x0 = torch.zeros_like(z)
+        x0 = None
         for k, t in enumerate(solver.timesteps):
             x0 = predictor(solver.scale_model_input(z, t), gammas[k], x0)
             z = solver.step(x0, t, z, variance_noise=noise[k], return_dict=False)[0]

@@ -1,48 +1,146 @@
 """The guidance protocol.
 
-Guidance is apart from solvers: a module changes what the denoiser predicts, never how a step is taken. Modules are
-given to the pipeline as a list; a module outside its interval of gamma costs nothing.
+Guidance is apart from solvers: a module changes what the denoiser predicts, never how a step is taken. A module is a
+frozen dataclass of options. Before the first step it is told of the run and gives its parts, of which there are four
+kinds:
+
+    Branch       another prediction, under another prompt or by another denoiser, that is combined with the main one
+    Tilt         a change of the logits of words, in closed form
+    Constraint   what every text must be, see `embdiff.guidance.language`: exact in the end, and guiding on the way
+    Gradient     of a log-probability in z, added to x0
+
+Modules are given to the pipeline as a list. All branches run in one batch. Outside its interval of gamma a part costs
+nothing; at the end of the run constraints hold all the same.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
+import torch
 from torch import Tensor
 
+from embdiff import vocabulary
+from embdiff.batches import Prompts
 from embdiff.errors import UserError
+from embdiff.guidance.language import Language
+
+if TYPE_CHECKING:
+    from embdiff.denoiser import Context, Denoiser
+
+
+@dataclass(frozen=True)
+class Run:
+    """What modules may know before the first step.
+
+    samples: B, prompt after prompt, `repeat` of each. length: L positions. prompts, negative_prompts: B / repeat
+    strings, or None without. context: [B] of the prompts.
+    """
+
+    denoiser: Denoiser
+    tokenizer: Any
+    samples: int
+    length: int
+    repeat: int = 1
+    prompts: Sequence[str] | None = None
+    negative_prompts: Sequence[str] | None = None
+    context: Context | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the loop runs."""
+        return cast(torch.device, self.denoiser.device)
+
+    @cached_property
+    def pieces(self) -> list[str | None]:
+        """What each token adds to a text, see `vocabulary.pieces`."""
+        return vocabulary.pieces(self.tokenizer)
+
+    def encode(self, prompts: Sequence[str]) -> Context:
+        """The context [B] of B / repeat prompts."""
+        if not (limit := int(self.denoiser.config.max_prompt_length)):
+            raise UserError("this model was trained without prompts: leave the prompt out, or train on pairs")
+        encoded = Prompts.tokenized(self.tokenizer, prompts, limit).to(self.device)
+        return self.denoiser.encode_context(encoded.ids, encoded.present, encoded.positions).repeat(self.repeat)
+
+
+class Branch(NamedTuple):
+    """A prediction beside the main one. `combine(main, other)` gives the guided value: of features, which logits are
+    linear in, if space is "logits"; of mean embeddings, which the posterior's other numbers follow, if it is "x0".
+
+    context: what it looks at; denoiser: None = the run's own; self_conditioned: whether it is given the last x0.
+    """
+
+    combine: Callable[[Tensor, Tensor], Tensor]
+    space: str
+    context: Context | None = None
+    denoiser: Denoiser | None = None
+    self_conditioned: bool = True
+
+
+class Words(NamedTuple):
+    """What a tilt may look at.
+
+    logits: [R, V] of R positions in a row, tempered, -inf for the end of text and padding.
+    rows: which of the B L positions these are, b L + l.
+    draft: [B, L] tokens of the last x0; None at the first step, and for tilts that don't look around.
+    """
+
+    logits: Tensor
+    rows: slice
+    draft: Tensor | None
+
+
+class Tilt(NamedTuple):
+    """`apply(words)` gives new logits [R, V]. looks_around: whether it needs the draft."""
+
+    apply: Callable[[Words], Tensor]
+    looks_around: bool = False
+
+
+class Constraint(NamedTuple):
+    """The texts must be in the language; `cause` says what was asked for. strength: 1 = in every step what is certain
+    is taken as certain; towards 0, constraints guide less on the way and still hold at the end."""
+
+    language: Language
+    cause: str
+    strength: float = 1.0
+
+
+class Gradient(NamedTuple):
+    """`of(z, gamma)` is the gradient [B, L, D] of log p(y | z) at noise level gamma; strength multiplies it."""
+
+    of: Callable[[Tensor, float], Tensor]
+    strength: float
+
+
+Part = Branch | Tilt | Constraint | Gradient
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """A module that combines branches of the prediction.
+    """Abstract. min_gamma, max_gamma: the interval of noise levels in which the module acts.
 
-    There are two branches, the prediction under the prompt and the one without it or under the negative prompt; they
-    run in one batch. `combine` is called with both values: features (logits are linear in them) if `space` is
-    "logits", mean embeddings if it is "x0". Without a prompt there is nothing to combine, and modules do not act.
-
-    scale: 1 = off, at most 1e4 in size. min_gamma, max_gamma: the interval of noise levels in which the module acts.
+    A subclass adds its options as fields, refuses bad ones in `__post_init__` (calling this one's), and gives `parts`.
     """
 
-    scale: float = 1.0
-    space: str = "x0"
-    min_gamma: float = -math.inf
-    max_gamma: float = math.inf
+    name: ClassVar[str]  # what the command line calls it
+
+    min_gamma: float = field(default=-math.inf, kw_only=True)
+    max_gamma: float = field(default=math.inf, kw_only=True)
 
     def __post_init__(self) -> None:
-        if not abs(self.scale) <= 1e4:
-            what = "out of range" if math.isfinite(self.scale) else "not a finite number"
-            raise UserError(f"guidance scale {self.scale} is {what}: 1 is off, 1.5 to 3 are usual")
         if not self.min_gamma <= self.max_gamma:
             raise UserError(f"min_gamma {self.min_gamma} must not be above max_gamma {self.max_gamma}")
-        if self.space not in ("x0", "logits"):
-            raise UserError(f"guidance space {self.space!r} is unknown: choose x0 or logits")
 
     def active(self, gamma: float) -> bool:
         """Whether the module acts at this noise level."""
-        return self.scale != 1.0 and self.min_gamma <= gamma <= self.max_gamma
+        return self.min_gamma <= gamma <= self.max_gamma
 
-    def combine(self, conditional: Tensor, other: Tensor) -> Tensor:
-        """The guided value, shaped like its arguments."""
+    def parts(self, run: Run) -> Iterable[Part]:
+        """What the module does in this run; nothing if it is switched off. Raises UserError for what can't be done."""
         raise NotImplementedError

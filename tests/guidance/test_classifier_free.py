@@ -1,6 +1,7 @@
 """Classifier-free guidance: neutral values, intervals, and the equality of its cheap form."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from embdiff.errors import UserError
 from embdiff.guidance import ClassifierFreeGuidance
-from embdiff.pipeline import Predictor
+from embdiff.prediction import Predictor
 
 
 @given(st.floats(-3, 5), st.integers(0, 99))
@@ -20,10 +21,15 @@ def test_guidance_is_linear_neutral_at_one_and_unconditional_at_zero(scale, seed
     assert torch.allclose(ClassifierFreeGuidance(scale).combine(c, c), c, atol=1e-5)
 
 
-def test_it_acts_only_inside_its_interval_and_off_scale_one():
+def test_it_acts_only_inside_its_interval():
     module = ClassifierFreeGuidance(2.0, min_gamma=-1.0, max_gamma=3.0)
     assert [module.active(g) for g in (-1.1, -1.0, 3.0, 3.1)] == [False, True, True, False]
-    assert not ClassifierFreeGuidance(1.0).active(0.0)
+
+
+def test_it_does_nothing_at_scale_one_and_without_a_prompt(pipe):
+    assert not list(ClassifierFreeGuidance(1.0).parts(run_of(pipe)))
+    assert list(ClassifierFreeGuidance(2.0).parts(run_of(pipe)))
+    assert not list(ClassifierFreeGuidance(2.0).parts(pipe._run([None], None, 1, 12)))
 
 
 @pytest.mark.parametrize("scale", [math.nan, math.inf])
@@ -34,28 +40,37 @@ def test_a_scale_that_is_not_finite_is_refused(scale):
         ClassifierFreeGuidance(2.0, "epsilon")
 
 
-def contexts(pipe):
-    return pipe._contexts(["the cat .", "a dog"], None, 1, True)
+def run_of(pipe):
+    return pipe._run(["the cat .", "a dog"], None, 1, 12)
 
 
 def test_logit_guidance_by_hidden_states_equals_guidance_of_the_logits(pipe):
     z, self_cond = torch.randn(2, 2, 12, 16)
-    model = pipe.denoiser
-    context, other = contexts(pipe)
-    guided = Predictor(model, (context, other), [ClassifierFreeGuidance(2.5, "logits")], 1.0, ())(z, 0.3, self_cond)
-    gamma = torch.full((2,), 0.3)
-    c, u = (model.logits(model(z, gamma, k, self_cond)) for k in (context, other))
+    model, run = pipe.denoiser, run_of(pipe)
+    guided = Predictor(run, [ClassifierFreeGuidance(2.5, "logits")])(z, 0.3, self_cond)
+    gamma, empty = torch.full((2,), 0.3), run.encode(["", ""])
+    c, u = (model.logits(model(z, gamma, k, self_cond)) for k in (run.context, empty))
     assert torch.allclose(guided, (u + 2.5 * (c - u)).softmax(-1) @ model.space.table(), atol=1e-4)
 
 
 def test_x0_guidance_combines_means_and_outside_its_interval_nothing_happens(pipe):
     z, self_cond = torch.randn(2, 2, 12, 16)
-    context, other = contexts(pipe)
+    run = run_of(pipe)
 
-    def predict(context, *modules):
-        return Predictor(pipe.denoiser, (context, other), modules, 1.0, ())(z, 0.3, self_cond)
+    def predict(run, *modules):
+        return Predictor(run, modules)(z, 0.3, self_cond)
 
-    c, u = predict(context), predict(other)
-    assert torch.allclose(predict(context, ClassifierFreeGuidance(2.5)), u + 2.5 * (c - u), atol=1e-4)
-    assert torch.equal(predict(context, ClassifierFreeGuidance(2.5, max_gamma=0.0)), c)
-    assert torch.equal(predict(context, ClassifierFreeGuidance(1.0)), c)
+    c, u = predict(run), predict(replace(run, context=run.encode(["", ""])))
+    assert torch.allclose(predict(run, ClassifierFreeGuidance(2.5)), u + 2.5 * (c - u), atol=1e-4)
+    assert torch.equal(predict(run, ClassifierFreeGuidance(2.5, max_gamma=0.0)), c)
+    assert torch.equal(predict(run, ClassifierFreeGuidance(1.0)), c)
+
+
+def test_the_order_of_branches_does_not_matter(pipe):
+    z, self_cond = torch.randn(2, 2, 12, 16)
+    run = replace(run_of(pipe), negative_prompts=["red", "a blue house"])
+    plain = ClassifierFreeGuidance(2.5)
+    modules = [plain, ClassifierFreeGuidance(1.7), ClassifierFreeGuidance(0.5, "logits")]
+    one, two = (Predictor(run, order)(z, 0.3, self_cond) for order in (modules, modules[::-1]))
+    assert torch.allclose(one, two, atol=1e-4)
+    assert not torch.allclose(one, Predictor(run, [plain])(z, 0.3, self_cond), atol=1e-2)

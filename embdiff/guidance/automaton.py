@@ -1,0 +1,192 @@
+"""Automata over tokens: what languages ask of a text, as marginals of its tokens and as the nearest text that has it.
+
+    B samples   L positions   C classes of tokens   S states   V vocabulary
+
+Tokens that no language tells apart form a class. States are what the languages remember together. A text is read token
+by token, ends in a state that all languages accept, and is padding from then on. Given independent probabilities of the
+classes at each position, the probability of each class *given that the text is in all languages* follows from one sum
+forwards and one backwards over the positions (Rabiner 1989, equations 19 to 27), and the best such text from a maximum
+backwards (Viterbi). Both are exact; their cost is L S C, without the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from embdiff.errors import UserError
+from embdiff.guidance.language import Language
+
+MOST_STATES = 20_000
+FLOOR = 1e-6  # of a class's probability: what the model holds for impossible must stay possible
+
+
+class Shares(NamedTuple):
+    """Probabilities at each position. classes: [B, L, C]; end, padding: [B, L]. They sum to 1."""
+
+    classes: Tensor
+    end: Tensor
+    padding: Tensor
+
+
+@dataclass(frozen=True)
+class Automaton:
+    """order: [V - specials] token ids, class after class; sizes: of the classes, C numbers.
+    next: [S, C] int64, S where a text is lost; accepts: [B, S] bool; start: the first state.
+    """
+
+    order: Tensor
+    sizes: tuple[int, ...]
+    next: Tensor
+    accepts: Tensor
+    start: int
+
+    @staticmethod
+    def of(
+        languages: Sequence[Language], texts: Sequence[str | None], samples: int, length: int, cause: str
+    ) -> Automaton:
+        """The automaton of the texts that are in all languages.
+
+        Args:
+            texts: what each token of the vocabulary adds to a text; None for tokens that no text may have.
+            samples, length: B, L.
+            cause: what was asked for, for the error where no text of L tokens has it.
+        """
+        members: dict[tuple[Any, ...], list[int]] = {}
+        for token, text in enumerate(texts):
+            if text is not None:
+                members.setdefault(tuple(language.symbol(text) for language in languages), []).append(token)
+        symbols = list(members)
+        start = tuple(language.start for language in languages)
+        number, rows, waiting = {start: 0}, list[list[int]](), [start]
+        while len(rows) < len(waiting):
+            state = waiting[len(rows)]
+            row = []
+            for symbol in symbols:
+                after = tuple(of.step(s, c) for of, s, c in zip(languages, state, symbol, strict=True))
+                if None in after:
+                    row.append(-1)
+                    continue
+                if after not in number:
+                    number[after] = len(number)
+                    waiting.append(after)
+                row.append(number[after])
+            rows.append(row)
+            if len(number) > MOST_STATES:
+                raise UserError(f"{cause}: too much to keep track of at once; ask for fewer or shorter things")
+        lost = len(rows)
+        following = torch.tensor([[lost if n < 0 else n for n in row] for row in rows])
+        accepts = torch.tensor(
+            [[all(of.accepts(s, b) for of, s in zip(languages, state, strict=True)) for state in waiting]
+             for b in range(samples)]
+        )  # fmt: skip
+        automaton = Automaton(
+            torch.tensor([token for group in members.values() for token in group]),
+            tuple(map(len, members.values())), following, accepts, 0,
+        )  # fmt: skip
+        possible = automaton._possible(length)
+        if not bool(possible.all()):
+            which = "" if possible.shape[0] == 1 else f" (sample {int((~possible).nonzero()[0, 0])})"
+            raise UserError(f"{cause}: no text of at most {length} tokens has all of it{which}")
+        return automaton
+
+    def to(self, device: torch.device) -> Automaton:
+        """The same on a device."""
+        moved = (t.to(device) for t in (self.order, self.next, self.accepts))
+        order, following, accepts = moved
+        return Automaton(order, self.sizes, following, accepts, self.start)
+
+    def _possible(self, length: int) -> Tensor:
+        """[B] bool: whether a text of at most `length` tokens is accepted."""
+        reached = torch.zeros(len(self.next) + 1, dtype=torch.bool)
+        reached[self.start] = True
+        found = self.accepts[:, self.start]
+        for _ in range(length):
+            after = torch.zeros_like(reached)
+            after[self.next[reached[:-1]].flatten()] = True
+            after[-1] = False
+            if torch.equal(after, reached):
+                break
+            reached = after
+            found = found | (self.accepts & reached[:-1]).any(1)
+        return found
+
+    def marginals(self, shares: Shares) -> Shares:
+        """The probabilities given that the text is in all languages, from those of independent positions."""
+        m = shares.classes.double().clamp(min=FLOOR)
+        end, padding = shares.end.double().clamp(min=FLOOR), shares.padding.double().clamp(min=FLOOR)
+        B, L, C = m.shape
+        S = len(self.next)
+        targets = self.next.flatten()
+        accepts = self.accepts.double().expand(B, S)
+
+        # How probable what follows each position is, given where it led.
+        after_state: list[Tensor] = []
+        after_end: list[Tensor] = []
+        later = torch.cat([accepts, m.new_zeros(B, 1)], 1)
+        ended = m.new_ones(B)
+        for i in reversed(range(L)):
+            after_state.append(later)
+            after_end.append(ended)
+            following = later[:, targets].view(B, S, C)
+            now = (following * m[:, i, None]).sum(-1) + accepts * (end[:, i] * ended)[:, None]
+            ended = padding[:, i] * ended
+            scale = torch.maximum(now.amax(1), ended).clamp(min=1e-300)
+            later = torch.cat([now / scale[:, None], m.new_zeros(B, 1)], 1)
+            ended = ended / scale
+        after_state.reverse()
+        after_end.reverse()
+
+        here, done = torch.zeros(B, S + 1, dtype=m.dtype, device=m.device), m.new_zeros(B)
+        here[:, self.start] = 1.0
+        found: list[Tensor] = []
+        for i in range(L):
+            following = after_state[i][:, targets].view(B, S, C)
+            flow = here[:, :-1, None] * m[:, i, None]  # [B, S, C]
+            ends = (here[:, :-1] * accepts).sum(1) * end[:, i]
+            pads = done * padding[:, i]
+            weights = torch.cat(
+                [(flow * following).sum(1), (ends * after_end[i])[:, None], (pads * after_end[i])[:, None]], 1
+            )
+            found.append(weights / weights.sum(1, keepdim=True).clamp(min=1e-300))
+            moved = torch.zeros_like(here).index_add_(1, targets, flow.flatten(1))
+            moved[:, -1] = 0.0
+            done = ends + pads
+            # Only what can still be accepted, so that scales agree with what follows.
+            scale = (moved * after_state[i]).sum(1) + done * after_end[i]
+            here, done = moved / scale.clamp(min=1e-300)[:, None], done / scale.clamp(min=1e-300)
+        marginal = torch.stack(found, 1).to(shares.classes.dtype)
+        return Shares(marginal[..., :C], marginal[..., C], marginal[..., C + 1])
+
+    def best(self, scores: Shares) -> Tensor:
+        """[B, L]: the class at each position of the text with the highest sum of scores (any numbers) that is in all
+        languages; C = the end of text, C + 1 = padding."""
+        m = scores.classes.double()
+        B, L, C = m.shape
+        S = len(self.next)
+        targets = self.next.flatten()
+        stop = torch.where(self.accepts, 0.0, -torch.inf).double().to(m.device).expand(B, S)
+        lost = m.new_full((B, 1), -torch.inf)
+        # What the padding behind an end adds up to.
+        tail = torch.cat([scores.padding.double().flip(1).cumsum(1).flip(1), m.new_zeros(B, 1)], 1)
+        later = torch.cat([stop, lost], 1)
+        choices: list[Tensor] = []
+        for i in reversed(range(L)):
+            going = (later[:, targets].view(B, S, C) + m[:, i, None]).max(-1)
+            ending = stop + (scores.end.double()[:, i] + tail[:, i + 1])[:, None]
+            choices.append(torch.where(ending > going.values, C, going.indices))
+            later = torch.cat([torch.maximum(ending, going.values), lost], 1)
+        choices.reverse()
+        state = torch.full((B,), self.start, device=m.device)
+        over = torch.zeros(B, dtype=torch.bool, device=m.device)
+        picked: list[Tensor] = []
+        for choice in choices:
+            now = choice.gather(1, state[:, None])[:, 0]
+            picked.append(torch.where(over, C + 1, now))
+            over = over | (now == C)
+            state = torch.where(over, state, self.next[state, now.clamp(max=C - 1)])
+        return torch.stack(picked, 1)

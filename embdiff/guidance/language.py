@@ -1,0 +1,187 @@
+"""Languages: sets of texts that can be told apart by reading a text once, token by token.
+
+Every exact control is one: texts of twelve words, texts that hold a phrase, texts that end with a sentence. A language
+says what of a token's text matters to it (`symbol`), how that changes what it remembers (`step`), and whether the text
+may end there (`accepts`). `embdiff.guidance.automaton` does the rest, for any number of languages at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple, Protocol
+
+OTHER_LETTER, OTHER_MARK = "\0", "\1"  # for characters that no phrase has
+
+State = Any  # hashable, and so is a symbol
+Symbol = Any
+
+
+class Language(Protocol):
+    """A set of texts; for each sample its own, as far as `accepts` tells samples apart."""
+
+    start: State
+
+    def symbol(self, text: str) -> Symbol:
+        """All that matters of a token, given what it adds to the text."""
+
+    def step(self, state: State, symbol: Symbol) -> State | None:
+        """What is remembered after a token; None where no text of the language begins so."""
+
+    def accepts(self, state: State, sample: int) -> bool:
+        """Whether the text of this sample may end here."""
+
+
+class Span(NamedTuple):
+    """A range of counts, both ends included."""
+
+    low: int
+    high: int
+
+    def __contains__(self, count: object) -> bool:
+        return isinstance(count, int) and self.low <= count <= self.high
+
+
+@dataclass(frozen=True)
+class TokenCount:
+    """Texts of so many tokens, the end of text not counted. spans: one for each sample, or one for all."""
+
+    spans: Sequence[Span]
+    start: State = 0
+
+    def symbol(self, text: str) -> Symbol:
+        return None
+
+    def step(self, state: State, symbol: Symbol) -> State | None:
+        return state + 1 if state < max(span.high for span in self.spans) else None
+
+    def accepts(self, state: State, sample: int) -> bool:
+        return bool(state in self.spans[sample % len(self.spans)])
+
+
+@dataclass(frozen=True)
+class CharacterCount:
+    """Texts of so many characters."""
+
+    spans: Sequence[Span]
+    start: State = 0
+
+    def symbol(self, text: str) -> Symbol:
+        return len(text)
+
+    def step(self, state: State, symbol: Symbol) -> State | None:
+        return state + symbol if state + symbol <= max(span.high for span in self.spans) else None
+
+    def accepts(self, state: State, sample: int) -> bool:
+        return bool(state in self.spans[sample % len(self.spans)])
+
+
+@dataclass(frozen=True)
+class WordCount:
+    """Texts of so many words, as `str.split` finds them."""
+
+    spans: Sequence[Span]
+    start: State = (0, False)  # words so far, whether the last character is one of a word
+
+    def symbol(self, text: str) -> Symbol:
+        """Whether it begins within a word, the words that begin after a blank, and whether it ends within a word."""
+        inside = [not c.isspace() for c in text]
+        starts = sum(now and not before for before, now in pairwise(inside))
+        return (inside[0], starts, inside[-1]) if inside else None
+
+    def step(self, state: State, symbol: Symbol) -> State | None:
+        if symbol is None:
+            return state
+        (words, within), (first, starts, last) = state, symbol
+        words += starts + (first and not within)
+        return (words, last) if words <= max(span.high for span in self.spans) else None
+
+    def accepts(self, state: State, sample: int) -> bool:
+        words, _ = state
+        return words in self.spans[sample % len(self.spans)]
+
+
+@dataclass(frozen=True)
+class Sentences:
+    """Texts that end with the end of a sentence: one of `.!?`, perhaps in quotes or brackets."""
+
+    start: State = True  # of the empty text
+
+    def symbol(self, text: str) -> Symbol:
+        text = text.rstrip()
+        closed = text.rstrip("\"')]}\u201d\u2019")
+        if not text:
+            return None
+        # Closing marks alone leave it open: they end a sentence only after its end.
+        return "closing" if not closed.strip() else closed[-1] in ".!?\u2026"
+
+    def step(self, state: State, symbol: Symbol) -> State | None:
+        return state if symbol is None or symbol == "closing" else symbol
+
+    def accepts(self, state: State, sample: int) -> bool:
+        return bool(state)
+
+
+class Phrases:
+    """Texts in which all phrases occur, as whole words, in any case of letters: anywhere, or one after the other.
+
+    What is remembered: which phrases were found, and how far the last characters spell others. A phrase is found only
+    when the next character, or the end, shows that its last word is whole.
+    """
+
+    def __init__(self, phrases: Sequence[str], ordered: bool = False) -> None:
+        self.phrases = [" ".join(phrase.casefold().split()) for phrase in phrases]
+        self.ordered = ordered
+        self.known = {c for phrase in self.phrases for c in phrase}
+        # Found phrases, the ones that the text so far ends with, and the starts of phrases that it ends with.
+        self.start: State = (frozenset(), frozenset(), frozenset((i, 0) for i in range(len(self.phrases))))
+
+    def symbol(self, text: str) -> Symbol:
+        """The text with blanks as one and with all characters of words that no phrase has as one."""
+        plain = []
+        for c in text.casefold():
+            if c.isspace():
+                plain.append(" ")
+            elif c in self.known:
+                plain.append(c)
+            else:
+                plain.append(OTHER_LETTER if is_word(c) else OTHER_MARK)
+        single = (" ", OTHER_LETTER, OTHER_MARK)
+        return "".join(c for i, c in enumerate(plain) if i == 0 or c != plain[i - 1] or c not in single)
+
+    def step(self, state: State, symbol: Symbol) -> State | None:
+        for c in symbol:
+            state = self._read(state, c)
+        return state
+
+    def _read(self, state: State, c: str) -> State:
+        found, ended, begun = state
+        other = not is_word(c) and c != OTHER_LETTER
+        found = self._find(found, ended) if other else found
+        nexts, ends = set(), set()
+        for i, n in begun:
+            phrase = self.phrases[i]
+            if c == phrase[n]:
+                nexts.add((i, n + 1)) if n + 1 < len(phrase) else ends.add(i)
+            elif c == " " and n and phrase[n - 1] == " ":
+                nexts.add((i, n))  # blanks in a row are one
+        whole = frozenset(i for i in ends if not is_word(self.phrases[i][-1]))
+        found = self._find(found, whole)
+        wanted = [i for i in range(len(self.phrases)) if (i == len(found) if self.ordered else i not in found)]
+        nexts |= {(i, 0) for i in wanted if other or not is_word(self.phrases[i][0])}
+        return found, frozenset(ends) - whole - found, frozenset((i, n) for i, n in nexts if i in wanted)
+
+    def _find(self, found: frozenset[int], ended: frozenset[int]) -> frozenset[int]:
+        if not self.ordered:
+            return found | ended
+        return found | {len(found)} if len(found) in ended else found
+
+    def accepts(self, state: State, sample: int) -> bool:
+        found, ended, _ = state
+        return len(self._find(found, ended)) == len(self.phrases)
+
+
+def is_word(c: str) -> bool:
+    """Whether a character is one that words are made of."""
+    return c.isalnum() or c == "_"

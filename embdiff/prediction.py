@@ -1,0 +1,238 @@
+"""One guided prediction of x0, from noisy latents to the posterior mean that a solver is given.
+
+    B samples   L positions   D embedding dim   K length tokens   C classes of words
+
+The order of work is the one of `Predictor.__call__`: the denoiser under all branches in one batch; branches combined as
+features; the token posterior, with tilts; branches combined as means; constraints; lengths; gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from embdiff import ops
+from embdiff.denoiser import Context, Denoiser
+from embdiff.guidance.automaton import Automaton, Shares
+from embdiff.guidance.base import Branch, Constraint, Gradient, Guidance, Part, Run, Tilt, Words
+
+
+class Plan(NamedTuple):
+    """What a step does while the same modules are active."""
+
+    branches: list[Branch]
+    context: Context | None  # of the main prediction and all branches by the same denoiser, one after the other
+    tilts: list[Tilt]
+    automaton: Automaton | None
+    strength: float  # of the automaton
+    gradients: list[Gradient]
+
+
+class Predictor:
+    """Predicts x0 in every step of one run.
+
+    Args:
+        run: what is sampled. guidance: modules. gammas: the noise levels of the steps, for whatever is built before
+            the first of them.
+        temperature: of words. kept: ids of padding and the end of text, in this order; () = no tokens are kept apart.
+        quantile: [B] in (0, 1), with which lengths are drawn above the noise level draw_above; None = never.
+        length_bias: nats against padding and the end of text, below it.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        guidance: Sequence[Guidance] = (),
+        *,
+        gammas: Sequence[float] = (),
+        temperature: float = 1.0,
+        kept: tuple[int, ...] = (),
+        quantile: Tensor | None = None,
+        draw_above: float = -math.inf,
+        length_bias: float = 0.0,
+    ) -> None:
+        self.run, self.denoiser = run, run.denoiser
+        pairs = [(module, part) for module in guidance for part in module.parts(run)]
+        self.modules: list[Guidance] = [module for module, _ in pairs]
+        self.parts: list[Part] = [part for _, part in pairs]
+        self.temperature = temperature
+        shaped = any(isinstance(part, Tilt | Constraint) for part in self.parts)
+        self.kept = kept if temperature != 1.0 or quantile is not None or length_bias or shaped else ()
+        self.draw_above = draw_above
+        self.length_bias = length_bias
+        # Here, so that nothing is copied to the device in the loop.
+        self.kept_ids = torch.tensor(self.kept, dtype=torch.long, device=run.device)
+        self.quantile = None if quantile is None else quantile[:, None, None]
+        self.table = self.denoiser.space.table()
+        self.kept_embeddings = self.table[self.kept_ids]
+        self.weight = self.denoiser.output_weight().to(self.denoiser.dtype)
+        self.automaton = self._automaton([part for part in self.parts if isinstance(part, Constraint)])
+        self.plans: dict[tuple[bool, ...], Plan] = {}
+        for gamma in gammas:
+            self._plan(gamma)
+
+    def __call__(self, z: Tensor, gamma: float, self_cond: Tensor | None) -> Tensor:
+        """x0 [B, L, D], fp32, for latents z [B, L, D] at noise level gamma, given the previous x0; None = no step was
+        taken yet."""
+        plan = self._plan(gamma)
+        main, others = self._features(z, gamma, self_cond, plan)
+        pairs = list(zip(plan.branches, others, strict=True))
+        main = combined(main, [(branch, h) for branch, h in pairs if branch.space == "logits"])
+        tilts = self._tilts(plan, self_cond)
+        posterior = self._posterior(main, plan, tilts)
+        means = [(branch, self._posterior(h, plan, tilts)) for branch, h in pairs if branch.space == "x0"]
+        posterior = guided(posterior, means) if means else posterior
+        if plan.automaton is not None:
+            posterior = constrained(posterior, plan.automaton, plan.strength)
+        x0 = self._x0(posterior, gamma)
+        for gradient in plan.gradients:
+            # E[x0 | z, y] = E[x0 | z] + (sigma^2 / alpha) grad log p(y | z), by Tweedie's formula under both.
+            # With alpha^2 = 1 / (1 + e^g): sigma^2 / alpha = e^g / sqrt(1 + e^g).
+            reach = math.exp(gamma) / math.sqrt(1 + math.exp(gamma))
+            x0 = x0 + reach * gradient.strength * gradient.of(z, gamma)
+        return x0
+
+    def round(self, z: Tensor) -> Tensor:
+        """The nearest tokens [B, L] to clean latents z [B, L, D] that fulfil all constraints."""
+        if self.automaton is None:
+            return self.denoiser.space.round(z)
+        classes = ops.Classes(self.automaton.order, self.automaton.sizes)
+        # All embeddings are equally long, so the nearest text has the largest sum of products.
+        highest, tokens = ops.class_max(z.float(), self.table, classes)
+        padding, end = (z.float() @ self.kept_embeddings.T).unbind(-1)
+        choice = self.automaton.best(Shares(highest, end, padding))
+        ends = self.kept_ids.flip(0).expand(*choice.shape, 2)
+        return torch.cat([tokens, ends], -1).gather(-1, choice[..., None])[..., 0]
+
+    # ------------------------------------------------------------------------------------------------ the plan
+
+    def _plan(self, gamma: float) -> Plan:
+        key = tuple(module.active(gamma) for module in self.modules)
+        if key not in self.plans:
+            self.plans[key] = self._new_plan([part for part, active in zip(self.parts, key, strict=True) if active])
+        return self.plans[key]
+
+    def _new_plan(self, parts: list[Part]) -> Plan:
+        branches = [part for part in parts if isinstance(part, Branch)]
+        constraints = [part for part in parts if isinstance(part, Constraint) and part.strength > 0]
+        contexts = [self.run.context, *(b.context for b in branches if b.denoiser is None)]
+        return Plan(
+            branches,
+            stacked(contexts),
+            [part for part in parts if isinstance(part, Tilt)],
+            self._automaton(constraints),
+            min((constraint.strength for constraint in constraints), default=1.0),
+            [part for part in parts if isinstance(part, Gradient) and part.strength],
+        )
+
+    def _automaton(self, constraints: list[Constraint]) -> Automaton | None:
+        if not constraints:
+            return None
+        cause = ", ".join(constraint.cause for constraint in constraints)
+        languages = [constraint.language for constraint in constraints]
+        run = self.run
+        return Automaton.of(languages, run.pieces, run.samples, run.length, cause).to(run.device)
+
+    # -------------------------------------------------------------------------------------------- its steps
+
+    def _features(self, z: Tensor, gamma: float, self_cond: Tensor | None, plan: Plan) -> tuple[Tensor, list[Tensor]]:
+        """Features of the main prediction and of each branch."""
+        nothing = torch.zeros_like(z)
+        last = nothing if self_cond is None else self_cond
+        own = [branch for branch in plan.branches if branch.denoiser is None]
+        given = [last, *(last if branch.self_conditioned else nothing for branch in own)]
+        together = predicted(self.denoiser, torch.cat([z] * len(given)), gamma, plan.context, torch.cat(given))
+        main, *shared = together.chunk(len(given))
+        ready = iter(shared)
+        return main, [
+            next(ready) if b.denoiser is None else predicted(b.denoiser, z, gamma, b.context, last)
+            for b in plan.branches
+        ]
+
+    def _tilts(self, plan: Plan, self_cond: Tensor | None) -> list[ops.Tilting]:
+        draft = None
+        if self_cond is not None and any(tilt.looks_around for tilt in plan.tilts):
+            draft = self.denoiser.space.round(self_cond)
+
+        def tilting(tilt: Tilt) -> ops.Tilting:
+            return lambda logits, start: tilt.apply(Words(logits, slice(start, start + len(logits)), draft))
+
+        return [tilting(tilt) for tilt in plan.tilts]
+
+    def _posterior(self, h: Tensor, plan: Plan, tilts: Sequence[ops.Tilting]) -> ops.Posterior:
+        automaton = plan.automaton
+        classes = None if automaton is None else ops.Classes(automaton.order, automaton.sizes)
+        return ops.expectation(h, self.weight, self.table, self.temperature, self.kept_ids, classes, tilts)
+
+    def _x0(self, posterior: ops.Posterior, gamma: float) -> Tensor:
+        """The mean embedding, with the length tokens drawn at high noise and held back below."""
+        mean, kept = posterior.mean, posterior.kept
+        if self.quantile is not None and gamma > self.draw_above:
+            upper = kept.cumsum(-1)
+            kept = ((upper - kept < self.quantile) & (self.quantile <= upper)).to(kept.dtype)
+        elif self.length_bias:
+            # q = p e^-b / (p e^-b + 1 - p): the odds of p divided by e^b, shared out as before.
+            p = kept.sum(-1, keepdim=True)
+            kept = kept / (p + (1 - p) * math.exp(self.length_bias)).clamp(min=1e-12)
+        return kept @ self.kept_embeddings + (1 - kept.sum(-1, keepdim=True)) * mean
+
+
+def predicted(denoiser: Denoiser, z: Tensor, gamma: float, context: Context | None, self_cond: Tensor) -> Tensor:
+    """Features at one noise level for the whole batch."""
+    level = torch.full((len(z),), gamma, dtype=torch.float32, device=z.device)
+    return cast(Tensor, denoiser(z, level, context, self_cond))
+
+
+def stacked(contexts: Sequence[Context | None]) -> Context | None:
+    """Contexts side by side in the batch; without a context nothing is seen of another's."""
+    some = next((context for context in contexts if context is not None), None)
+    if some is None:
+        return None
+    hidden = some.hidden_from(torch.zeros_like(some.mask[:, 0]))
+    return Context.stack([hidden if context is None else context for context in contexts])
+
+
+def combined(main: Tensor, others: Sequence[tuple[Branch, Tensor]]) -> Tensor:
+    """What all branches make of the main value: each adds what it changes by itself, so their order doesn't matter."""
+    values = [branch.combine(main, other) for branch, other in others]
+    if len(values) < 2:
+        return values[0] if values else main
+    return main + (torch.stack(values) - main).sum(0)
+
+
+def guided(main: ops.Posterior, others: Sequence[tuple[Branch, ops.Posterior]]) -> ops.Posterior:
+    """A posterior after branches that combine means; probabilities are combined likewise, and made ones again."""
+
+    def field(name: str) -> Tensor:
+        return combined(getattr(main, name), [(branch, getattr(other, name)) for branch, other in others])
+
+    kept = field("kept").clamp(0.0, 1.0)
+    kept = kept / kept.sum(-1, keepdim=True).clamp(min=1.0)
+    if main.share is None:
+        return ops.Posterior(field("mean"), kept)
+    share = field("share").clamp(min=0.0)
+    share = share / share.sum(-1, keepdim=True).clamp(min=1e-12)
+    return ops.Posterior(field("mean"), kept, share, field("each"))
+
+
+def constrained(posterior: ops.Posterior, automaton: Automaton, strength: float) -> ops.Posterior:
+    """The posterior given that the text is in the automaton's languages, or between both, geometrically."""
+    mean, kept, share, each = posterior
+    assert share is not None
+    assert each is not None
+    before = torch.cat([(1 - kept.sum(-1, keepdim=True)).clamp(min=0.0) * share, kept], -1)
+    padding, end = kept.unbind(-1)
+    found = automaton.marginals(Shares(before[..., :-2], end, padding))
+    after = torch.cat([found.classes, found.padding[..., None], found.end[..., None]], -1)
+    if strength != 1.0:
+        after = before.clamp(min=1e-12) ** (1 - strength) * after.clamp(min=1e-12) ** strength
+        after = after / after.sum(-1, keepdim=True)
+    words = after[..., :-2]
+    changed = words / words.sum(-1, keepdim=True).clamp(min=1e-12)
+    # From the mean on, which branches may have moved by more than their classes tell.
+    mean = mean + ((changed - share)[..., None] * each).sum(-2)
+    return ops.Posterior(mean, after[..., -2:], changed, each)

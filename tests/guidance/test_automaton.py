@@ -1,0 +1,113 @@
+"""Automata: marginals and best texts, each against all texts written out."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from embdiff.errors import UserError
+from embdiff.guidance.automaton import Automaton, Shares
+from embdiff.guidance.language import CharacterCount, Phrases, Sentences, Span, TokenCount, WordCount
+
+TEXTS = [" cat", " a", ".", "s", " ", None]  # None: a special token
+LENGTH = 4
+
+
+def is_in(language, text, sample=0):
+    state = language.start
+    for token in text:
+        state = language.step(state, language.symbol(token))
+        if state is None:
+            return False
+    return language.accepts(state, sample)
+
+
+LANGUAGES = {
+    "tokens": [TokenCount([Span(2, 3), Span(4, 4)])],
+    "words": [WordCount([Span(2, 2), Span(1, 3)])],
+    "characters": [CharacterCount([Span(5, 8)])],
+    "sentence": [Sentences()],
+    "phrases": [Phrases(["cat", "a"])],
+    "in order": [Phrases(["a cat", "a"], ordered=True)],
+    "several": [WordCount([Span(2, 2)]), Sentences(), Phrases(["cats"])],
+    "none": [],
+}
+
+
+@given(st.sampled_from(sorted(LANGUAGES)), st.integers(0, 99))
+def test_marginals_and_the_best_text_are_those_of_all_texts_written_out(name, seed):
+    languages, generator = LANGUAGES[name], torch.Generator().manual_seed(seed)
+    automaton = Automaton.of(languages, TEXTS, 2, LENGTH, "it")
+    C = len(automaton.sizes)
+    tokens = automaton.order.tolist()
+    first = dict(zip(itertools.accumulate((0, *automaton.sizes[:-1])), range(C), strict=True))
+    shares = torch.rand(2, LENGTH, C + 2, generator=generator).softmax(-1)
+    given_shares = Shares(shares[..., :C], shares[..., C], shares[..., C + 1])
+    found, best = automaton.marginals(given_shares), automaton.best(Shares(*(s.log() for s in given_shares)))
+    representative = {c: TEXTS[tokens[start]] for start, c in first.items()}
+    for b in range(2):
+        expected, highest = torch.zeros(LENGTH, C + 2), (0.0, ())
+        for n in range(LENGTH + 1):
+            for classes in itertools.product(range(C), repeat=n):
+                if all(is_in(language, [representative[c] for c in classes], b) for language in languages):
+                    whole = (*classes, *((C,) + (C + 1,) * LENGTH)[: LENGTH - n])
+                    p = float(torch.stack([shares[b, i, c] for i, c in enumerate(whole)]).prod())
+                    for i, c in enumerate(whole):
+                        expected[i, c] += p
+                    highest = max(highest, (p, whole))
+        expected /= expected.sum(1, keepdim=True)
+        torch.testing.assert_close(torch.cat([found.classes[b], found.end[b, :, None], found.padding[b, :, None]], 1),
+                                   expected, atol=1e-4, rtol=1e-3)  # fmt: skip
+        assert tuple(best[b].tolist()) == highest[1]
+
+
+WORDS = st.text(st.sampled_from("ab. -"), min_size=1, max_size=4)
+
+
+@settings(max_examples=300)
+@given(st.lists(WORDS, max_size=6))
+def test_counts_are_those_of_the_whole_text_however_it_is_cut(pieces):
+    text = "".join(pieces)
+    assert is_in(WordCount([Span(len(text.split()), len(text.split()))]), pieces)
+    assert not is_in(WordCount([Span(len(text.split()) + 1, 99)]), pieces)
+    assert is_in(CharacterCount([Span(len(text), len(text))]), pieces)
+    assert is_in(TokenCount([Span(len(pieces), len(pieces))]), pieces)
+
+
+def occurs(phrase, text):
+    words = " ".join(text.split())
+    places = [i for i in range(len(words)) if words.startswith(phrase, i)]
+    return any((i == 0 or not words[i - 1].isalnum() or not phrase[0].isalnum())
+               and (i + len(phrase) == len(words) or not words[i + len(phrase)].isalnum() or not phrase[-1].isalnum())
+               for i in places)  # fmt: skip
+
+
+@settings(max_examples=500)
+@given(st.lists(WORDS, max_size=6), st.lists(st.sampled_from(["a", "ab", "a b", "b - a", "ba", "."]), max_size=3))
+def test_phrases_are_found_as_whole_words_however_the_text_is_cut(pieces, phrases):
+    assert is_in(Phrases(phrases), pieces) == all(occurs(p, "".join(pieces)) for p in phrases)
+
+
+def test_phrases_in_order_are_found_in_order_alone():
+    language = Phrases(["a", "b"], ordered=True)
+    assert is_in(language, ["a ", "b"])
+    assert not is_in(language, ["b ", "a"])
+    assert is_in(language, ["b a", " b"])
+
+
+@pytest.mark.parametrize(
+    ("text", "ends"),
+    [("a .", True), ("a", False), ('a ."', True), ('"', True), ("a ) ", False), ("a ! )", True), ("", True)],
+)
+def test_sentences_end_with_their_mark(text, ends):
+    assert is_in(Sentences(), text.split(" ")) == ends
+    assert is_in(Sentences(), list(text)) == ends
+
+
+def test_what_no_text_has_is_refused():
+    with pytest.raises(UserError, match="length 9: no text of at most 4 tokens"):
+        Automaton.of([WordCount([Span(9, 9)])], TEXTS, 1, LENGTH, "length 9")
+    with pytest.raises(UserError, match="sample 1"):
+        Automaton.of([WordCount([Span(2, 2), Span(5, 5)])], TEXTS, 2, LENGTH, "lengths")
