@@ -74,8 +74,9 @@ def expectation_reference(
     if classes is None:
         return Posterior(p @ table, kept)
     groups = torch.split(classes.order, list(classes.sizes))
-    share = torch.stack([words[..., group].logsumexp(-1) for group in groups], -1).softmax(-1)
-    each = torch.stack([words[..., group].softmax(-1) @ table[group] for group in groups], -2)
+    # Tilts may leave a class without a token, or a position without a class: 0, not NaN.
+    share = torch.stack([words[..., group].logsumexp(-1) for group in groups], -1).softmax(-1).nan_to_num()
+    each = torch.stack([words[..., group].softmax(-1).nan_to_num() @ table[group] for group in groups], -2)
     return Posterior((share[..., None] * each).sum(-2), kept, share, each)
 
 
@@ -111,9 +112,12 @@ def expectation(
             continue
         # Class by class, so that the mean of an improbable one is as exact as that of a probable one.
         groups = torch.split(logits[:, classes.order], list(classes.sizes), 1)
-        share = torch.stack([group.logsumexp(1) for group in groups], 1).softmax(1)
-        pairs = zip(groups, sorted_table, strict=True)
-        each = torch.stack([(group.softmax(1).to(h.dtype) @ rows_of).float() for group, rows_of in pairs], 1)
+        share = torch.stack([group.logsumexp(1) for group in groups], 1).softmax(1).nan_to_num()
+        means = (
+            group.softmax(1).nan_to_num().to(h.dtype) @ rows_of
+            for group, rows_of in zip(groups, sorted_table, strict=True)
+        )
+        each = torch.stack([mean.float() for mean in means], 1)
         found.append(((share[..., None] * each).sum(1), kept, share, each))
     columns = [torch.cat(column) for column in zip(*found, strict=True)]
     return Posterior(*(column.reshape(*h.shape[:-1], *column.shape[1:]) for column in columns))

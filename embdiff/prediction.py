@@ -17,8 +17,9 @@ from torch import Tensor
 
 from embdiff import ops
 from embdiff.denoiser import Context, Denoiser
+from embdiff.errors import UserError
 from embdiff.guidance.automaton import Automaton, Shares
-from embdiff.guidance.base import Branch, Constraint, Gradient, Guidance, Part, Run, Tilt, Words
+from embdiff.guidance.base import Branch, Constraint, Gradient, Guidance, Part, Run, Tilt, Veto, Words
 
 
 class Plan(NamedTuple):
@@ -27,6 +28,7 @@ class Plan(NamedTuple):
     branches: list[Branch]
     context: Context | None  # of the main prediction and all branches by the same denoiser, one after the other
     tilts: list[Tilt]
+    vetoes: list[Veto]
     automaton: Automaton | None
     strength: float  # of the automaton
     gradients: list[Gradient]
@@ -60,7 +62,7 @@ class Predictor:
         self.modules: list[Guidance] = [module for module, _ in pairs]
         self.parts: list[Part] = [part for _, part in pairs]
         self.temperature = temperature
-        shaped = any(isinstance(part, Tilt | Constraint) for part in self.parts)
+        shaped = any(isinstance(part, Tilt | Constraint | Veto) for part in self.parts)
         self.kept = kept if temperature != 1.0 or quantile is not None or length_bias or shaped else ()
         self.draw_above = draw_above
         self.length_bias = length_bias
@@ -71,6 +73,9 @@ class Predictor:
         self.kept_embeddings = self.table[self.kept_ids]
         self.weight = self.denoiser.output_weight().to(self.denoiser.dtype)
         self.automaton = self._automaton([part for part in self.parts if isinstance(part, Constraint)])
+        self.vetoes = [part for part in self.parts if isinstance(part, Veto)]
+        if self.vetoes and self.automaton is not None:  # what contradicts itself is refused before the first step
+            self.round(torch.zeros(run.samples, run.length, self.denoiser.dim, device=run.device))
         self.plans: dict[tuple[bool, ...], Plan] = {}
         for gamma in gammas:
             self._plan(gamma)
@@ -97,16 +102,57 @@ class Predictor:
         return x0
 
     def round(self, z: Tensor) -> Tensor:
-        """The nearest tokens [B, L] to clean latents z [B, L, D] that fulfil all constraints."""
+        """The nearest tokens [B, L] to clean latents z [B, L, D] that fulfil all constraints, and that no veto marks.
+
+        All embeddings are equally long, so the nearest text has the largest sum of products. A token that a veto marks
+        is barred from its position, and the nearest text is looked for again.
+        """
+        ids = self._nearest(z.float())
+        rows = torch.arange(len(ids), device=ids.device)
+        products = None
+        while len(rows) and self.vetoes:
+            marked = torch.stack([veto.find(ids[rows]) for veto in self.vetoes]).any(0)
+            rows, bad = rows[marked.any(1)], marked.any(1)
+            if products is None:
+                products = z[rows].float() @ self.table.T
+            else:
+                products = products[bad]
+            barred = torch.zeros_like(products, dtype=torch.bool).scatter_(-1, ids[rows, :, None], marked[bad, :, None])
+            products = products.masked_fill(barred, -torch.inf)
+            ids[rows] = self._nearest_by(products, rows)
+        return ids
+
+    def _nearest(self, z: Tensor) -> Tensor:
+        """Of all texts that fulfil the constraints."""
         if self.automaton is None:
             return self.denoiser.space.round(z)
         classes = ops.Classes(self.automaton.order, self.automaton.sizes)
-        # All embeddings are equally long, so the nearest text has the largest sum of products.
-        highest, tokens = ops.class_max(z.float(), self.table, classes)
-        padding, end = (z.float() @ self.kept_embeddings.T).unbind(-1)
-        choice = self.automaton.best(Shares(highest, end, padding))
+        return self._best(self.automaton, *ops.class_max(z, self.table, classes), z @ self.kept_embeddings.T)
+
+    def _nearest_by(self, products: Tensor, rows: Tensor) -> Tensor:
+        """The same for some samples, by the products [R, L, V] of latents and embeddings."""
+        if self.automaton is None:
+            best = products.max(-1)
+            if not bool(best.values.isfinite().all()):
+                raise UserError(self._impossible())
+            return best.indices
+        groups = torch.split(self.automaton.order, list(self.automaton.sizes))
+        found = [products[..., group].max(-1) for group in groups]
+        tokens = torch.stack([group[best.indices] for group, best in zip(groups, found, strict=True)], -1)
+        highest = torch.stack([best.values for best in found], -1)
+        return self._best(self.automaton.rows(rows), highest, tokens, products[..., self.kept_ids])
+
+    def _best(self, automaton: Automaton, highest: Tensor, tokens: Tensor, kept: Tensor) -> Tensor:
+        padding, end = kept.unbind(-1)
+        choice, score = automaton.best(Shares(highest, end, padding))
+        if not bool(score.isfinite().all()):
+            raise UserError(self._impossible())
         ends = self.kept_ids.flip(0).expand(*choice.shape, 2)
         return torch.cat([tokens, ends], -1).gather(-1, choice[..., None])[..., 0]
+
+    def _impossible(self) -> str:
+        causes = [part.cause for part in self.parts if isinstance(part, Constraint | Veto)]
+        return f"no text of {self.run.length} tokens can have all of: {', '.join(causes)}"
 
     # ------------------------------------------------------------------------------------------------ the plan
 
@@ -124,6 +170,7 @@ class Predictor:
             branches,
             stacked(contexts),
             [part for part in parts if isinstance(part, Tilt)],
+            [part for part in parts if isinstance(part, Veto)],
             self._automaton(constraints),
             min((constraint.strength for constraint in constraints), default=1.0),
             [part for part in parts if isinstance(part, Gradient) and part.strength],
@@ -154,14 +201,27 @@ class Predictor:
         ]
 
     def _tilts(self, plan: Plan, self_cond: Tensor | None) -> list[ops.Tilting]:
+        """The changes of logits in this step."""
         draft = None
-        if self_cond is not None and any(tilt.looks_around for tilt in plan.tilts):
+        if self_cond is not None and (plan.vetoes or any(tilt.looks_around for tilt in plan.tilts)):
             draft = self.denoiser.space.round(self_cond)
 
         def tilting(tilt: Tilt) -> ops.Tilting:
             return lambda logits, start: tilt.apply(Words(logits, slice(start, start + len(logits)), draft))
 
-        return [tilting(tilt) for tilt in plan.tilts]
+        def barring(tokens: Tensor) -> ops.Tilting:
+            """tokens: [B L], which token each position must not have, -1 = none."""
+
+            def bar(logits: Tensor, start: int) -> Tensor:
+                here = tokens[start : start + len(logits), None]
+                barred = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, here.clamp(min=0), here >= 0)
+                return logits.masked_fill(barred, -torch.inf)
+
+            return bar
+
+        vetoes = [] if draft is None else [veto.find(draft) for veto in plan.vetoes]
+        barred = [barring(torch.where(marked, cast(Tensor, draft), -1).flatten()) for marked in vetoes]
+        return [tilting(tilt) for tilt in plan.tilts] + barred
 
     def _posterior(self, h: Tensor, plan: Plan, tilts: Sequence[ops.Tilting]) -> ops.Posterior:
         automaton = plan.automaton

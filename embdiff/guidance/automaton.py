@@ -12,7 +12,7 @@ backwards (Viterbi). Both are exact; their cost is L S C, without the vocabulary
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -162,9 +162,16 @@ class Automaton:
         marginal = torch.stack(found, 1).to(shares.classes.dtype)
         return Shares(marginal[..., :C], marginal[..., C], marginal[..., C + 1])
 
-    def best(self, scores: Shares) -> Tensor:
-        """[B, L]: the class at each position of the text with the highest sum of scores (any numbers) that is in all
-        languages; C = the end of text, C + 1 = padding."""
+    def rows(self, index: Tensor) -> Automaton:
+        """For some of the samples."""
+        return replace(self, accepts=self.accepts[index])
+
+    def best(self, scores: Shares) -> tuple[Tensor, Tensor]:
+        """The text with the highest sum of scores (any numbers) that is in all languages.
+
+        Returns the class at each position [B, L], where C is the end of text and C + 1 padding; and the sum [B], -inf
+        where no text is possible.
+        """
         m = scores.classes.double()
         B, L, C = m.shape
         S = len(self.next)
@@ -189,4 +196,4 @@ class Automaton:
             picked.append(torch.where(over, C + 1, now))
             over = over | (now == C)
             state = torch.where(over, state, self.next[state, now.clamp(max=C - 1)])
-        return torch.stack(picked, 1)
+        return torch.stack(picked, 1), later[:, self.start]

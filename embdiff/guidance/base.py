@@ -1,16 +1,17 @@
 """The guidance protocol.
 
 Guidance is apart from solvers: a module changes what the denoiser predicts, never how a step is taken. A module is a
-frozen dataclass of options. Before the first step it is told of the run and gives its parts, of which there are four
+frozen dataclass of options. Before the first step it is told of the run and gives its parts, of which there are five
 kinds:
 
     Branch       another prediction, under another prompt or by another denoiser, that is combined with the main one
     Tilt         a change of the logits of words, in closed form
     Constraint   what every text must be, see `embdiff.guidance.language`: exact in the end, and guiding on the way
+    Veto         what no text may have, found in whole texts
     Gradient     of a log-probability in z, added to x0
 
 Modules are given to the pipeline as a list. All branches run in one batch. Outside its interval of gamma a part costs
-nothing; at the end of the run constraints hold all the same.
+nothing; at the end of the run constraints and vetoes hold all the same.
 """
 
 from __future__ import annotations
@@ -111,6 +112,16 @@ class Constraint(NamedTuple):
     strength: float = 1.0
 
 
+class Veto(NamedTuple):
+    """`find(tokens [B, L])` marks positions [B, L] bool whose tokens must be others; `cause` says why.
+
+    What is marked in the last x0 is not proposed there in this step, and texts are rounded until nothing is marked.
+    """
+
+    find: Callable[[Tensor], Tensor]
+    cause: str
+
+
 class Gradient(NamedTuple):
     """`of(z, gamma)` is the gradient [B, L, D] of log p(y | z) at noise level gamma; strength multiplies it."""
 
@@ -118,7 +129,7 @@ class Gradient(NamedTuple):
     strength: float
 
 
-Part = Branch | Tilt | Constraint | Gradient
+Part = Branch | Tilt | Constraint | Veto | Gradient
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ may end there (`accepts`). `embdiff.guidance.automaton` does the rest, for any n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
@@ -21,7 +21,9 @@ Symbol = Any
 class Language(Protocol):
     """A set of texts; for each sample its own, as far as `accepts` tells samples apart."""
 
-    start: State
+    @property
+    def start(self) -> State:
+        """What is remembered of the empty text."""
 
     def symbol(self, text: str) -> Symbol:
         """All that matters of a token, given what it adds to the text."""
@@ -62,16 +64,17 @@ class TokenCount:
 
 @dataclass(frozen=True)
 class CharacterCount:
-    """Texts of so many characters."""
+    """Texts of so many characters. Tokens that are a part of a character are left out, for it takes several to count."""
 
     spans: Sequence[Span]
     start: State = 0
 
     def symbol(self, text: str) -> Symbol:
-        return len(text)
+        return None if "\ufffd" in text else len(text)
 
     def step(self, state: State, symbol: Symbol) -> State | None:
-        return state + symbol if state + symbol <= max(span.high for span in self.spans) else None
+        fits = symbol is not None and state + symbol <= max(span.high for span in self.spans)
+        return state + symbol if fits else None
 
     def accepts(self, state: State, sample: int) -> bool:
         return bool(state in self.spans[sample % len(self.spans)])
@@ -180,6 +183,25 @@ class Phrases:
     def accepts(self, state: State, sample: int) -> bool:
         found, ended, _ = state
         return len(self._find(found, ended)) == len(self.phrases)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Texts with given pieces at given positions: {position: what its token adds to the text}."""
+
+    pieces: Mapping[int, str]
+    start: State = 0
+
+    def symbol(self, text: str) -> Symbol:
+        return text if text in self.pieces.values() else None
+
+    def step(self, state: State, symbol: Symbol) -> State | None:
+        fits = state not in self.pieces or self.pieces[state] == symbol
+        # Behind the last kept position nothing needs to be counted.
+        return min(state + 1, max(self.pieces) + 1) if fits else None
+
+    def accepts(self, state: State, sample: int) -> bool:
+        return bool(state > max(self.pieces))
 
 
 def is_word(c: str) -> bool:

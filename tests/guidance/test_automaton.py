@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from embdiff.errors import UserError
 from embdiff.guidance.automaton import Automaton, Shares
-from embdiff.guidance.language import CharacterCount, Phrases, Sentences, Span, TokenCount, WordCount
+from embdiff.guidance.language import CharacterCount, Kept, Phrases, Sentences, Span, TokenCount, WordCount
 
 TEXTS = [" cat", " a", ".", "s", " ", None]  # None: a special token
 LENGTH = 4
@@ -32,6 +32,7 @@ LANGUAGES = {
     "phrases": [Phrases(["cat", "a"])],
     "in order": [Phrases(["a cat", "a"], ordered=True)],
     "several": [WordCount([Span(2, 2)]), Sentences(), Phrases(["cats"])],
+    "kept": [Kept({0: " a", 2: "s"})],
     "none": [],
 }
 
@@ -45,7 +46,8 @@ def test_marginals_and_the_best_text_are_those_of_all_texts_written_out(name, se
     first = dict(zip(itertools.accumulate((0, *automaton.sizes[:-1])), range(C), strict=True))
     shares = torch.rand(2, LENGTH, C + 2, generator=generator).softmax(-1)
     given_shares = Shares(shares[..., :C], shares[..., C], shares[..., C + 1])
-    found, best = automaton.marginals(given_shares), automaton.best(Shares(*(s.log() for s in given_shares)))
+    found = automaton.marginals(given_shares)
+    best, score = automaton.best(Shares(*(s.log() for s in given_shares)))
     representative = {c: TEXTS[tokens[start]] for start, c in first.items()}
     for b in range(2):
         expected, highest = torch.zeros(LENGTH, C + 2), (0.0, ())
@@ -61,6 +63,7 @@ def test_marginals_and_the_best_text_are_those_of_all_texts_written_out(name, se
         torch.testing.assert_close(torch.cat([found.classes[b], found.end[b, :, None], found.padding[b, :, None]], 1),
                                    expected, atol=1e-4, rtol=1e-3)  # fmt: skip
         assert tuple(best[b].tolist()) == highest[1]
+        assert score[b].exp().item() == pytest.approx(highest[0], rel=1e-4)
 
 
 WORDS = st.text(st.sampled_from("ab. -"), min_size=1, max_size=4)

@@ -1,0 +1,97 @@
+"""Length: so many tokens, words or characters, and texts that end where a sentence does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from embdiff import vocabulary
+from embdiff.errors import UserError
+from embdiff.guidance.base import Constraint, Guidance, Part, Run
+from embdiff.guidance.language import CharacterCount, Sentences, Span, TokenCount, WordCount
+
+Count = int | str | tuple[int, int] | Sequence["int | str | tuple[int, int]"]
+
+
+@dataclass(frozen=True)
+class Length(Guidance):
+    """Texts of exactly so many tokens, words and characters; what is not given is free.
+
+    The posterior is taken given the length, exactly under the independence of positions that it has anyway, so
+    sentences are planned to end in time; the last step picks the nearest text of that length.
+
+    tokens: the end of text not counted. words: as `str.split` finds them. characters: with blanks. Each is a number, a
+    range ("8-12", "8-" at least, "-12" at most, or a tuple), or a list of these, one for each sample. complete: texts
+    end with `.`, `!` or `?`. strength: 0 to 1, how much the length guides on the way.
+    """
+
+    name: ClassVar[str] = "length"
+
+    tokens: Count | None = None
+    words: Count | None = None
+    characters: Count | None = None
+    complete: bool = True
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.strength <= 1:
+            raise UserError(f"strength {self.strength} of the length is out of range: give 0 to 1")
+        if self.tokens is None and self.words is None and self.characters is None:
+            raise UserError("length without a number: give tokens, words or characters, as in length:words=12")
+        for name in ("tokens", "words", "characters"):
+            if getattr(self, name) is not None:
+                spans(name, getattr(self, name))
+
+    def parts(self, run: Run) -> Iterable[Part]:
+        kinds: dict[str, type[TokenCount | WordCount | CharacterCount]] = {
+            "tokens": TokenCount, "words": WordCount, "characters": CharacterCount,
+        }  # fmt: skip
+        for name, kind in kinds.items():
+            asked = getattr(self, name)
+            if asked is None:
+                continue
+            wanted = spans(name, asked)
+            if len(wanted) not in (1, run.samples):
+                raise UserError(f"{len(wanted)} lengths in {name} for {run.samples} samples: give one, or one for each")
+            if kind is CharacterCount and vocabulary.sets_blanks(run.tokenizer):
+                # The first word is written without the blank that its token adds elsewhere.
+                wanted = [Span(span.low + 1, span.high + 1) for span in wanted]
+            yield Constraint(kind([within(span, name, run) for span in wanted]), f"{name} {asked}", self.strength)
+        if self.complete:
+            yield Constraint(Sentences(), "complete sentences", self.strength)
+
+
+def within(span: Span, name: str, run: Run) -> Span:
+    """The span as far as a text of L tokens can reach."""
+    most = run.length
+    if name == "characters":
+        most *= max(len(text) for text in run.pieces if text is not None)
+    elif name == "words":
+        most *= max(len(text.split()) for text in run.pieces if text is not None)
+    return Span(span.low, min(span.high, max(most, span.low)))
+
+
+def spans(name: str, count: Count) -> list[Span]:
+    """The ranges that a number, a range, or a list of them names."""
+    return [span_of(name, one) for one in count] if isinstance(count, list) else [span_of(name, count)]
+
+
+def span_of(name: str, count: object) -> Span:
+    """One range."""
+    try:
+        if isinstance(count, tuple):
+            low, high = (int(end) for end in count)
+        else:
+            text = str(count).strip()
+            start, dash, end = text.partition("-")
+            low = int(start) if start else 0
+            high = (int(end) if end else 10**9) if dash else low
+            if not (start or end):
+                raise ValueError
+    except (TypeError, ValueError):
+        raise UserError(f"{name} {count!r} is no length: give a number as 12, or a range as 8-12, 8- or -12") from None
+    if not 0 <= low <= high:
+        raise UserError(f"{name} {count!r} is an empty range: the first number must not be above the second")
+    return Span(low, high)
