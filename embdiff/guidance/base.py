@@ -56,6 +56,11 @@ class Run:
         """Where the loop runs."""
         return cast(torch.device, self.denoiser.device)
 
+    @property
+    def vocabulary(self) -> int:
+        """V."""
+        return int(self.denoiser.config.vocab_size)
+
     @cached_property
     def pieces(self) -> list[str | None]:
         """What each token adds to a text, see `vocabulary.pieces`."""

@@ -64,7 +64,7 @@ class TokenCount:
 
 @dataclass(frozen=True)
 class CharacterCount:
-    """Texts of so many characters. Tokens that are a part of a character are left out, for it takes several to count."""
+    """Texts of so many characters. Tokens that are a part of a character are left out: only several would count one."""
 
     spans: Sequence[Span]
     start: State = 0

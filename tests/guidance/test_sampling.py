@@ -1,0 +1,130 @@
+"""Sampling controls: what they keep, on their own and as transformers has them."""
+
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embdiff.errors import UserError
+from embdiff.guidance.base import Run, Words
+from embdiff.guidance.sampling import MinP, NoRepeatNgram, Processors, RepetitionPenalty, TopK, TopP, repeated
+
+V = 30
+
+
+def logits(seed):
+    drawn = torch.randn(8, V, generator=torch.Generator().manual_seed(seed)) * 2
+    drawn[:, :2] = -torch.inf  # padding and the end of text
+    return drawn
+
+
+def run_of(pipe):
+    return Run(pipe.denoiser, pipe.tokenizer, samples=2, length=4)
+
+
+def applied(module, pipe, scores, draft=None):
+    (part,) = module.parts(run_of(pipe))
+    return part.apply(Words(scores, slice(0, len(scores)), draft))
+
+
+@given(seed=st.integers(0, 99), k=st.integers(1, 20), p=st.floats(0.05, 0.95))
+def test_they_equal_transformers_own(seed, k, p):
+    scores = logits(seed)
+    pairs = [
+        (TopK(k), transformers.TopKLogitsWarper(k)),
+        (TopP(p), transformers.TopPLogitsWarper(p)),
+        (MinP(p), transformers.MinPLogitsWarper(p)),
+    ]
+    for ours, theirs in pairs:
+        (part,) = ours.parts(FakeRun)
+        assert torch.equal(part.apply(Words(scores, slice(0, 8), None)), theirs(None, scores.clone()))
+
+
+class FakeRun:
+    vocabulary = V
+
+
+def test_neutral_values_give_no_part():
+    for module in (TopK(V), TopP(1.0), MinP(0.0), RepetitionPenalty(1.0)):
+        assert not list(module.parts(FakeRun))
+
+
+@given(st.integers(0, 99))
+def test_the_penalty_falls_on_words_that_stand_earlier_in_the_draft(seed):
+    scores = logits(seed)
+    draft = torch.randint(2, V, (2, 4), generator=torch.Generator().manual_seed(seed))
+    (part,) = RepetitionPenalty(1.5).parts(FakeRun)
+    found = part.apply(Words(scores, slice(0, 8), draft))
+    logs = scores.log_softmax(-1)
+    for row in range(8):
+        b, i = divmod(row, 4)
+        seen = set(draft[b, :i].tolist())
+        for token in range(2, V):
+            assert found[row, token].item() == pytest.approx(logs[row, token].item() * (1.5 if token in seen else 1.0))
+    # In chunks the same, and at the first step nothing.
+    assert torch.equal(part.apply(Words(scores[3:6], slice(3, 6), draft)), found[3:6])
+    assert torch.equal(part.apply(Words(scores, slice(0, 8), None)), scores)
+
+
+@given(st.lists(st.integers(2, 4), max_size=9), st.integers(1, 3))
+def test_repeated_runs_are_marked_where_they_end(tokens, n):
+    ids = torch.tensor([[*tokens, 0, *[2] * 9]])
+    expected = [tuple(tokens[i - n : i]) in {tuple(tokens[j - n : j]) for j in range(n, i)} if i >= n else False
+                for i in range(1, len(tokens) + 1)]  # fmt: skip
+    assert repeated(ids, n, {0, 1})[0].tolist() == expected + [False] * 10
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_no_ngram_occurs_twice_in_a_text(pipe, n):
+    out = pipe(num_samples=4, num_inference_steps=3, guidance=[NoRepeatNgram(n)])
+    ends = {pipe.tokenizer.eos_token_id, pipe.tokenizer.pad_token_id}
+    assert not repeated(out.sequences, n, ends).any()
+
+
+def test_processors_that_look_at_scores_alone_are_taken_as_they_are(pipe):
+    vocabulary = len(pipe.tokenizer)
+    scores = torch.randn(8, vocabulary)
+    scores[:, [0, 2]] = -torch.inf
+    for processor in (
+        transformers.TopKLogitsWarper(3), transformers.TypicalLogitsWarper(0.5), transformers.EpsilonLogitsWarper(0.02),
+        transformers.TemperatureLogitsWarper(0.5), transformers.SuppressTokensLogitsProcessor([5, 6]),
+    ):  # fmt: skip
+        assert torch.equal(applied(Processors([processor]), pipe, scores), processor(None, scores.clone()))
+
+
+def test_processors_that_ours_stand_for(pipe):
+    parts = Processors(
+        [transformers.RepetitionPenaltyLogitsProcessor(1.3), transformers.NoRepeatNGramLogitsProcessor(2)]
+    ).parts(run_of(pipe))
+    assert [type(part).__name__ for part in parts] == ["Tilt", "Veto"]
+
+
+class Alternating(transformers.LogitsProcessor):
+    """Looks at the word before."""
+
+    def __call__(self, input_ids, scores):
+        return scores if input_ids.shape[1] % 2 else scores + 1
+
+
+@pytest.mark.parametrize(
+    ("processor", "cause"),
+    [
+        (lambda: transformers.MinLengthLogitsProcessor(5, 1), "use Length"),
+        (lambda: transformers.NoBadWordsLogitsProcessor([[5, 6]], 1), "use Lexical"),
+        (Alternating, "Alternating looks at the words before"),
+    ],
+)
+def test_processors_that_look_back_are_refused(pipe, processor, cause):
+    with pytest.raises(UserError, match=cause):
+        pipe(num_inference_steps=2, guidance=[Processors([processor()])])
+
+
+@pytest.mark.parametrize(
+    "module",
+    [lambda: TopK(0), lambda: TopP(0.0), lambda: TopP(1.1), lambda: MinP(-0.1), lambda: RepetitionPenalty(0.5),
+     lambda: NoRepeatNgram(0)],
+)  # fmt: skip
+def test_numbers_out_of_range_are_refused(module):
+    with pytest.raises(UserError, match="out of range"):
+        module()
