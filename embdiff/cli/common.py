@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 
     from embdiff.config import TrainConfig
     from embdiff.data import Corpus, Example
+    from embdiff.guidance import Guidance
     from embdiff.pipeline import TextDiffusionPipeline
 
 SOLVERS = "ddim, ddpm, renoise, euler, euler-a, heun, churn, dpm++, dpm++3m, dpm++sde, dpm++3m-sde or unipc"
+GUIDANCE_HELP = "A module with its options, as length:words=12 or lexical:include=cheap pub|riverside; several times."
 UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
@@ -173,3 +175,12 @@ def read_prompts(path: str) -> list[str]:
     if not prompts:
         raise UserError(f"prompts file {path} has no prompt: write one on each line")
     return prompts
+
+
+def parsed(guidance: list[str]) -> list[Guidance]:
+    """The modules that --guidance names."""
+    if not guidance:
+        return []
+    from embdiff.guidance import parse
+
+    return [parse(spec) for spec in guidance]

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from embdiff.cli.common import (
+    GUIDANCE_HELP,
     SOLVERS,
     check_seed,
     like_run,
     load_pipeline,
+    parsed,
     quiet,
     run_config,
     run_corpus,
@@ -52,6 +54,7 @@ def evaluate(
     length_bias: float = typer.Option(1.0, help="As in embdiff sample."),
     cfg_scale: float = typer.Option(1.0, help="Classifier-free guidance; 1 = off."),
     cfg_space: str = typer.Option("x0", help="Where guidance combines predictions: x0 or logits."),
+    guidance: list[str] = typer.Option([], help=GUIDANCE_HELP),
     bound: int | None = typer.Option(None, help="Texts for the variational bound; 0 = none; by default all."),
     flow: int = typer.Option(0, help="Texts for the probability flow's bound, which is slow; 0 = none."),
     seed: int = typer.Option(0, help="Of the first sample and of the noise in likelihoods."),
@@ -68,12 +71,13 @@ def evaluate(
     """
     check_seed(seed)
     check_output(output, overwrite)
+    modules = parsed(guidance)
     quiet()
     from embdiff.evaluation import report
     from embdiff.guidance import ClassifierFreeGuidance
 
     options: dict[str, Any] = {"temperature": temperature, "length_bias": length_bias}
-    options["guidance"] = [ClassifierFreeGuidance(cfg_scale, cfg_space)]
+    options["guidance"] = [ClassifierFreeGuidance(cfg_scale, cfg_space), *modules]
     protocol = report.Protocol(
         samples, steps, seed, batch_size, mbr, lowercase, bound, flow_texts=flow, options=options
     )

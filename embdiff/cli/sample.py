@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from embdiff.cli.common import (
+    GUIDANCE_HELP,
     SOLVERS,
     check_counts,
     check_seed,
     check_temperature,
     load_pipeline,
+    parsed,
     quiet,
     read_prompts,
     set_scheduler,
@@ -63,6 +65,7 @@ def sample(
     num_samples: int = typer.Option(1, "--num-samples", "-n", help="Samples for each prompt."),
     cfg_scale: float = typer.Option(1.0, help="Classifier-free guidance; 1 = off."),
     cfg_space: str = typer.Option("x0", help="Where guidance combines predictions: x0 or logits."),
+    guidance: list[str] = typer.Option([], help=GUIDANCE_HELP),
     steps: int = typer.Option(32, help="Denoising steps."),
     scheduler: str | None = typer.Option(None, help=f"{SOLVERS}; by default the model's own."),
     noise_schedule: str | None = typer.Option(
@@ -90,6 +93,7 @@ def sample(
     """
     check(num_samples, steps, cfg_scale, batch_size, temperature, seed)
     check_output(output, resume, overwrite)
+    modules = parsed(guidance)
     for name, value in (("--prompt", prompt), ("--negative-prompt", negative_prompt)):
         if value is not None and has_lone_surrogate(value):
             raise UserError(f"{name} {value!r} is not UTF-8: check the terminal's encoding")
@@ -116,7 +120,7 @@ def sample(
         "draw_length": draw_length,
         "length_bias": length_bias,
         "max_length": max_length,
-        "guidance": [ClassifierFreeGuidance(cfg_scale, cfg_space)],
+        "guidance": [ClassifierFreeGuidance(cfg_scale, cfg_space), *modules],
     }
     name = type(pipe.scheduler).__name__
 

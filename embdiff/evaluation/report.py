@@ -11,7 +11,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -99,13 +99,21 @@ def evaluate(
             f"{len(short)} texts are too few to evaluate with{long if len(short) < len(valid) else ''}: "
             f"give {FEWEST} or more"
         )
-    figures: Figures = {"protocol": asdict(protocol), "too_long": len(valid) - len(short)}
+    figures: Figures = {"protocol": described(protocol), "too_long": len(valid) - len(short)}
     # Samples come first: what can't be drawn or judged is so refused before the hours that a bound may take.
     if protocol.samples:
         figures |= _sampled(pipe, short, judges, protocol, train, references, advance)
     figures["likelihood"] = _likelihoods(pipe, short, protocol, advance)
     complete: Figures = finite(figures | {"run": run(pipe, time.monotonic() - start)})
     return complete
+
+
+def described(protocol: Protocol) -> Figures:
+    """The protocol as JSON has it, guidance with its names."""
+    options = dict(protocol.options)
+    if "guidance" in options:
+        options["guidance"] = [{"name": module.name, **asdict(module)} for module in options["guidance"]]
+    return asdict(replace(protocol, options=options))
 
 
 def counted(advance: Callable[[str, int, int], None], what: str, total: int) -> Callable[[int], None]:

@@ -1,6 +1,23 @@
-"""Guidance modules, one file each."""
+"""Guidance: the protocol in `base`, one file for each kind of control, and their names on the command line."""
 
 from embdiff.guidance.base import Guidance
 from embdiff.guidance.classifier_free import ClassifierFreeGuidance
+from embdiff.guidance.length import Length
+from embdiff.guidance.lexical import Lexical
+from embdiff.guidance.registry import modules, parse
+from embdiff.guidance.sampling import MinP, NoRepeatNgram, Processors, RepetitionPenalty, TopK, TopP
 
-__all__ = ["ClassifierFreeGuidance", "Guidance"]
+__all__ = [
+    "ClassifierFreeGuidance",
+    "Guidance",
+    "Length",
+    "Lexical",
+    "MinP",
+    "NoRepeatNgram",
+    "Processors",
+    "RepetitionPenalty",
+    "TopK",
+    "TopP",
+    "modules",
+    "parse",
+]

@@ -74,7 +74,9 @@ def within(span: Span, name: str, run: Run) -> Span:
 
 
 def spans(name: str, count: Count) -> list[Span]:
-    """The ranges that a number, a range, or a list of them names."""
+    """The ranges that a number, a range, or a list of them names; in text, a list is separated by |."""
+    if isinstance(count, str) and "|" in count:
+        count = count.split("|")
     return [span_of(name, one) for one in count] if isinstance(count, list) else [span_of(name, count)]
 
 

@@ -157,3 +157,20 @@ def test_prompts_are_read_as_data_is(model, tmp_path):
     prompts.write_bytes(b"fine\nna\xefve\n")
     with pytest.raises(UserError, match=r"prompts\.txt:2: byte 7 is not UTF-8"):
         sample(model, "--prompts", prompts)
+
+
+def test_guidance_by_name_reaches_every_sample(model):
+    drawn = records(
+        model, "-n", 5, "--batch-size", 2, "--guidance", "length:words=4", "--guidance", "lexical:exclude=the"
+    )
+    assert [len(record["text"].split()) for record in drawn] == [4] * 5
+    assert all(record["text"].endswith(".") and "the" not in record["text"].split() for record in drawn)
+
+
+@pytest.mark.parametrize(
+    ("spec", "cause"),
+    [("rhyme", "unknown"), ("length:words=99", "no text of at most 12 tokens"), ("length", "words=12")],
+)
+def test_guidance_that_cannot_be_is_refused(model, spec, cause):
+    with pytest.raises(UserError, match=cause):
+        sample(model, "--guidance", spec)
