@@ -89,7 +89,9 @@ class Predictor:
         main = combined(main, [(branch, h) for branch, h in pairs if branch.space == "logits"])
         tilts = self._tilts(plan, self_cond)
         posterior = self._posterior(main, plan, tilts)
-        means = [(branch, self._posterior(h, plan, tilts)) for branch, h in pairs if branch.space == "x0"]
+        means = [
+            (branch, self._posterior(h, plan, tilts, branch.denoiser)) for branch, h in pairs if branch.space == "x0"
+        ]
         posterior = guided(posterior, means) if means else posterior
         if plan.automaton is not None:
             posterior = constrained(posterior, plan.automaton, plan.strength)
@@ -223,10 +225,14 @@ class Predictor:
         barred = [barring(torch.where(marked, cast(Tensor, draft), -1).flatten()) for marked in vetoes]
         return [tilting(tilt) for tilt in plan.tilts] + barred
 
-    def _posterior(self, h: Tensor, plan: Plan, tilts: Sequence[ops.Tilting]) -> ops.Posterior:
+    def _posterior(
+        self, h: Tensor, plan: Plan, tilts: Sequence[ops.Tilting], denoiser: Denoiser | None = None
+    ) -> ops.Posterior:
+        """By the head of the denoiser that made the features, in the embeddings of the run's."""
         automaton = plan.automaton
         classes = None if automaton is None else ops.Classes(automaton.order, automaton.sizes)
-        return ops.expectation(h, self.weight, self.table, self.temperature, self.kept_ids, classes, tilts)
+        weight = self.weight if denoiser is None else denoiser.output_weight().to(denoiser.dtype)
+        return ops.expectation(h, weight, self.table, self.temperature, self.kept_ids, classes, tilts)
 
     def _x0(self, posterior: ops.Posterior, gamma: float) -> Tensor:
         """The mean embedding, with the length tokens drawn at high noise and held back below."""
@@ -268,7 +274,10 @@ def guided(main: ops.Posterior, others: Sequence[tuple[Branch, ops.Posterior]]) 
     """A posterior after branches that combine means; probabilities are combined likewise, and made ones again."""
 
     def field(name: str) -> Tensor:
-        return combined(getattr(main, name), [(branch, getattr(other, name)) for branch, other in others])
+        pairs = [(branch, getattr(other, name)) for branch, other in others]
+        if name in ("mean", "each"):
+            pairs = [(branch._replace(combine=branch.means or branch.combine), other) for branch, other in pairs]
+        return combined(getattr(main, name), pairs)
 
     kept = field("kept").clamp(0.0, 1.0)
     kept = kept / kept.sum(-1, keepdim=True).clamp(min=1.0)

@@ -1,13 +1,14 @@
 """Guidance: the protocol in `base`, one file for each kind of control, and their names on the command line."""
 
 from embdiff.guidance.base import Guidance
-from embdiff.guidance.classifier_free import ClassifierFreeGuidance
+from embdiff.guidance.classifier_free import Autoguidance, ClassifierFreeGuidance
 from embdiff.guidance.length import Length
 from embdiff.guidance.lexical import Lexical
 from embdiff.guidance.registry import modules, parse
 from embdiff.guidance.sampling import MinP, NoRepeatNgram, Processors, RepetitionPenalty, TopK, TopP
 
 __all__ = [
+    "Autoguidance",
     "ClassifierFreeGuidance",
     "Guidance",
     "Length",

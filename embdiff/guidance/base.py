@@ -66,19 +66,21 @@ class Run:
         """What each token adds to a text, see `vocabulary.pieces`."""
         return vocabulary.pieces(self.tokenizer)
 
-    def encode(self, prompts: Sequence[str]) -> Context:
-        """The context [B] of B / repeat prompts."""
-        if not (limit := int(self.denoiser.config.max_prompt_length)):
+    def encode(self, prompts: Sequence[str], denoiser: Denoiser | None = None) -> Context:
+        """The context [B] of B / repeat prompts, by default of the run's denoiser."""
+        denoiser = denoiser or self.denoiser
+        if not (limit := int(denoiser.config.max_prompt_length)):
             raise UserError("this model was trained without prompts: leave the prompt out, or train on pairs")
         encoded = Prompts.tokenized(self.tokenizer, prompts, limit).to(self.device)
-        return self.denoiser.encode_context(encoded.ids, encoded.present, encoded.positions).repeat(self.repeat)
+        return denoiser.encode_context(encoded.ids, encoded.present, encoded.positions).repeat(self.repeat)
 
 
 class Branch(NamedTuple):
     """A prediction beside the main one. `combine(main, other)` gives the guided value: of features, which logits are
-    linear in, if space is "logits"; of mean embeddings, which the posterior's other numbers follow, if it is "x0".
+    linear in, if space is "logits"; of the posterior's means and probabilities if it is "x0".
 
-    context: what it looks at; denoiser: None = the run's own; self_conditioned: whether it is given the last x0.
+    context: what it looks at; denoiser: None = the run's own, else one of the same space, and only for "x0";
+    self_conditioned: whether it is given the last x0; means: combines mean embeddings [.., D] in place of `combine`.
     """
 
     combine: Callable[[Tensor, Tensor], Tensor]
@@ -86,6 +88,7 @@ class Branch(NamedTuple):
     context: Context | None = None
     denoiser: Denoiser | None = None
     self_conditioned: bool = True
+    means: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 class Words(NamedTuple):

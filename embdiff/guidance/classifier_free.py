@@ -1,4 +1,4 @@
-"""Classifier-free guidance."""
+"""Classifier-free guidance and its kin: away from a prediction that knows less."""
 
 from __future__ import annotations
 
@@ -10,24 +10,31 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from embdiff.denoiser import Denoiser
 from embdiff.errors import UserError
 from embdiff.guidance.base import Branch, Guidance, Part, Run
 
 
 @dataclass(frozen=True)
-class ClassifierFreeGuidance(Guidance):
-    """u + scale (c - u) (Ho & Salimans 2022, arXiv:2207.12598, equation 6, with diffusers' scale: 1 = off).
-
-    c is the prediction under the prompt, u the one without it or under the negative prompt. Without a prompt there is
-    nothing to combine, and the module does nothing.
+class Away(Guidance):
+    """Abstract. u + scale (c - u): from the prediction u of one who knows less, past the main one, c.
 
     scale: 1 = off, at most 1e4 in size. space: of mean embeddings ("x0") or of features, and so of logits ("logits").
-    """
+    Three remedies against what large scales spoil, for x0, position by position:
 
-    name: ClassVar[str] = "cfg"
+    rescale: 0 to 1, how far the guided value gets the length that c has (Lin et al. 2023, arXiv:2305.08891, equations
+    15
+        and 16); 0 = off.
+    parallel: the share that is kept of the change along c, which only makes it longer; 1 = all (adaptive projected
+        guidance, Sadat et al. 2024, arXiv:2410.02416, equation 9).
+    radius: what c - u is shortened to, in embedding lengths (their equation 10); none by default.
+    """
 
     scale: float = 1.0
     space: str = "x0"
+    rescale: float = 0.0
+    parallel: float = 1.0
+    radius: float = math.inf
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -36,10 +43,41 @@ class ClassifierFreeGuidance(Guidance):
             raise UserError(f"guidance scale {self.scale} is {what}: 1 is off, 1.5 to 3 are usual")
         if self.space not in ("x0", "logits"):
             raise UserError(f"guidance space {self.space!r} is unknown: choose x0 or logits")
+        if not (0 <= self.rescale <= 1 and 0 <= self.parallel <= 1 and self.radius > 0):
+            raise UserError(
+                f"rescale {self.rescale}, parallel {self.parallel}, radius {self.radius}: "
+                "give shares from 0 to 1, and a radius above 0"
+            )
+        if self.space == "logits" and (self.rescale, self.parallel, self.radius) != (0.0, 1.0, math.inf):
+            raise UserError("rescale, parallel and radius are for mean embeddings: leave them out, or use space x0")
 
-    def combine(self, conditional: Tensor, other: Tensor) -> Tensor:
+    def combine(self, main: Tensor, other: Tensor) -> Tensor:
         """The guided value, shaped like its arguments."""
-        return other + self.scale * (conditional - other)
+        return other + self.scale * (main - other)
+
+    def combine_means(self, main: Tensor, other: Tensor) -> Tensor:
+        """The guided mean embeddings [.., D]."""
+        if (self.rescale, self.parallel, self.radius) == (0.0, 1.0, math.inf):
+            return self.combine(main, other)
+        change = main - other
+        limit = self.radius * main.shape[-1] ** 0.5
+        change = change * (limit / change.norm(dim=-1, keepdim=True).clamp(min=1e-6)).clamp(max=1.0)
+        length = main.norm(dim=-1, keepdim=True).clamp(min=1e-6)
+        along = (change * main).sum(-1, keepdim=True) / length**2 * main
+        guided = main + (self.scale - 1) * (change - (1 - self.parallel) * along)
+        as_long = guided * (length / guided.norm(dim=-1, keepdim=True).clamp(min=1e-6))
+        return torch.lerp(guided, as_long, self.rescale)
+
+
+@dataclass(frozen=True)
+class ClassifierFreeGuidance(Away):
+    """Away from the prediction without the prompt, or under the negative prompt (Ho & Salimans 2022, arXiv:2207.12598,
+    equation 6, with diffusers' scale: 1 = off).
+
+    Without a prompt there is nothing to compare, and the module does nothing.
+    """
+
+    name: ClassVar[str] = "cfg"
 
     def parts(self, run: Run) -> Iterable[Part]:
         if self.scale == 1.0 or run.context is None:
@@ -48,4 +86,44 @@ class ClassifierFreeGuidance(Guidance):
             other = run.context.hidden_from(torch.zeros_like(run.context.mask[:, 0]))
         else:
             other = run.encode(run.negative_prompts)
-        yield Branch(self.combine, self.space, other)
+        yield Branch(self.combine, self.space, other, means=self.combine_means)
+
+
+@dataclass(frozen=True)
+class Autoguidance(Away):
+    """Away from a weaker version of the model (Karras et al. 2024, arXiv:2406.02507).
+
+    model: the folder of a weaker one in the same embedding space, such as an earlier checkpoint's. By default the
+    weaker version is the model itself without self-conditioning.
+    """
+
+    name: ClassVar[str] = "autoguidance"
+
+    model: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.model is not None and self.space != "x0":
+            raise UserError("the logits of two models are no features of one: leave the model out, or use space x0")
+
+    def parts(self, run: Run) -> Iterable[Part]:
+        if self.scale == 1.0:
+            return
+        weaker = None if self.model is None else weaker_denoiser(self.model, run)
+        context = run.context
+        if weaker is not None and run.prompts is not None:
+            context = run.encode(run.prompts, weaker)
+        yield Branch(self.combine, self.space, context, weaker, weaker is not None, means=self.combine_means)
+
+
+def weaker_denoiser(folder: str, run: Run) -> Denoiser:
+    """The denoiser in a folder; UserError if it lives in another embedding space."""
+    from embdiff.pipeline import load
+
+    weaker: Denoiser = load(folder).denoiser.to(run.device, run.denoiser.dtype).eval()
+    ours, theirs = run.denoiser.space.table(), weaker.space.table()
+    if ours.shape != theirs.shape or float(torch.cosine_similarity(ours, theirs).mean()) < 0.9:
+        raise UserError(
+            f"{folder} has another embedding space: autoguidance needs an earlier state of the same run, or none"
+        )
+    return weaker

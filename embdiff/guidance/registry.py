@@ -15,13 +15,13 @@ from typing import Any
 
 from embdiff.errors import UserError
 from embdiff.guidance.base import Guidance
-from embdiff.guidance.classifier_free import ClassifierFreeGuidance
+from embdiff.guidance.classifier_free import Autoguidance, ClassifierFreeGuidance
 from embdiff.guidance.length import Length
 from embdiff.guidance.lexical import Lexical
 from embdiff.guidance.sampling import MinP, NoRepeatNgram, RepetitionPenalty, TopK, TopP
 
 BUILT_IN: tuple[type[Guidance], ...] = (
-    ClassifierFreeGuidance, Length, Lexical, TopK, TopP, MinP, RepetitionPenalty, NoRepeatNgram,
+    ClassifierFreeGuidance, Autoguidance, Length, Lexical, TopK, TopP, MinP, RepetitionPenalty, NoRepeatNgram,
 )  # fmt: skip
 
 

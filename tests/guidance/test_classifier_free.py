@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embdiff.errors import UserError
-from embdiff.guidance import ClassifierFreeGuidance
+from embdiff.guidance import Autoguidance, ClassifierFreeGuidance
 from embdiff.prediction import Predictor
 
 
@@ -74,3 +74,51 @@ def test_the_order_of_branches_does_not_matter(pipe):
     one, two = (Predictor(run, order)(z, 0.3, self_cond) for order in (modules, modules[::-1]))
     assert torch.allclose(one, two, atol=1e-4)
     assert not torch.allclose(one, Predictor(run, [plain])(z, 0.3, self_cond), atol=1e-2)
+
+
+@given(st.floats(1.1, 5), st.integers(0, 99))
+def test_remedies_against_large_scales(scale, seed):
+    c, u = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(seed))
+    plain = ClassifierFreeGuidance(scale).combine_means(c, u)
+    lengths = ClassifierFreeGuidance(scale, rescale=1.0).combine_means(c, u).norm(dim=-1)
+    assert torch.allclose(lengths, c.norm(dim=-1), atol=1e-4)
+    across = ClassifierFreeGuidance(scale, parallel=0.0).combine_means(c, u) - c
+    assert torch.allclose((across * c).sum(-1), torch.zeros(3), atol=1e-3)
+    assert torch.allclose(ClassifierFreeGuidance(scale, parallel=1.0, radius=1e6).combine_means(c, u), plain, atol=1e-4)
+    near = ClassifierFreeGuidance(scale, radius=0.1).combine_means(c, u) - c
+    assert torch.all(near.norm(dim=-1) <= (scale - 1) * 0.1 * 8**0.5 + 1e-4)
+
+
+def test_the_weaker_self_is_the_model_without_self_conditioning(pipe):
+    z, self_cond = torch.randn(2, 2, 12, 16)
+    run = pipe._run([None], None, 2, 12)
+    c, u = (Predictor(run)(z, 0.3, given) for given in (self_cond, None))
+    guided = Predictor(run, [Autoguidance(1.5)])(z, 0.3, self_cond)
+    assert torch.allclose(guided, u + 1.5 * (c - u), atol=1e-4)
+
+
+@pytest.mark.parametrize("prompt", [None, "the cat"])
+def test_a_weaker_model_of_the_same_space_guides(pipe, prompt, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    options = {"num_inference_steps": 3, "output_type": "latent"}
+
+    def latents(*guidance):
+        return pipe(prompt, generator=torch.Generator().manual_seed(0), guidance=guidance, **options).latents
+
+    # Guided by itself: no change. By another state of itself: one.
+    assert torch.allclose(latents(Autoguidance(2.0, model=str(tmp_path))), latents(), atol=1e-4)
+    with torch.no_grad():
+        pipe.denoiser.head.weight.mul_(2.0)
+    assert not torch.allclose(latents(Autoguidance(2.0, model=str(tmp_path))), latents(), atol=1e-2)
+    with torch.no_grad():
+        pipe.denoiser.space.weight.normal_()
+    with pytest.raises(UserError, match="another embedding space"):
+        latents(Autoguidance(2.0, model=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "options", [{"rescale": 2.0}, {"parallel": -1.0}, {"radius": 0.0}, {"rescale": 0.5, "space": "logits"}]
+)
+def test_remedies_out_of_range_are_refused(options):
+    with pytest.raises(UserError):
+        ClassifierFreeGuidance(2.0, **options)
