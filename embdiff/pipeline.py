@@ -8,8 +8,10 @@ The loop is the algorithm: predict x0, take a solver step, repeat; then round x0
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
@@ -23,11 +25,14 @@ from embdiff.denoiser import Denoiser
 from embdiff.errors import UserError
 from embdiff.guidance import ClassifierFreeGuidance, Guidance
 from embdiff.guidance.base import Run
+from embdiff.guidance.classifier import NoisyClassifier
 from embdiff.noise import GumbelSchedule, noise_schedule
 from embdiff.prediction import Predictor
 from embdiff.schedulers import EmbeddingScheduler, adapted
 
 Callback = Callable[["TextDiffusionPipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
+
+CLASSIFIERS = "classifiers"  # the folder of what guides, a folder each
 
 # Lengths are decided in the first fifth of the schedule, where nothing else is decided yet.
 DRAW_LENGTH_ABOVE = 0.8
@@ -78,6 +83,21 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
                 else GumbelSchedule.initial(denoiser.dim, len(tokenizer))
             ).config()
         self.register_to_config(fitted_schedule=dict(fitted_schedule), temperature=temperature)
+        self.classifiers: dict[str, NoisyClassifier] = {}
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
+        """As diffusers does, with the classifiers beside the other parts."""
+        super().save_pretrained(save_directory, **options)
+        for name, classifier in self.classifiers.items():
+            classifier.save_pretrained(Path(save_directory) / CLASSIFIERS / name)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | os.PathLike[str], **options: Any) -> TextDiffusionPipeline:
+        """As diffusers does, with the classifiers that lie beside the other parts of a local folder."""
+        pipe = cast(TextDiffusionPipeline, super().from_pretrained(name_or_path, **options))
+        for folder in sorted(Path(name_or_path).glob(f"{CLASSIFIERS}/*/config.json")):
+            pipe.classifiers[folder.parent.name] = NoisyClassifier.from_pretrained(folder.parent, use_safetensors=True)
+        return pipe
 
     @torch.no_grad()
     def __call__(
@@ -219,7 +239,9 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         self, prompts: list[str | None], negative: str | Sequence[str] | None, num_samples: int, length: int
     ) -> Run:
         """What guidance may know. A negative prompt alone stands beside an empty prompt."""
-        run = Run(self.denoiser, self.tokenizer, len(prompts) * num_samples, length, num_samples)
+        run = Run(
+            self.denoiser, self.tokenizer, len(prompts) * num_samples, length, num_samples, classifiers=self.classifiers
+        )
         if all(p is None for p in prompts) and negative is None:
             return run
         positive = [p or "" for p in prompts]
@@ -268,8 +290,6 @@ def sample_generators(
 
 def load(model: str) -> TextDiffusionPipeline:
     """The pipeline in a local folder, or of a name on the hub; anything else raises UserError in one line."""
-    from pathlib import Path
-
     folder = Path(model)
     if not folder.exists() and (model.startswith((".", "/")) or model.count("/") != 1):
         raise UserError(f"no model at {model}: name the folder that embdiff train wrote")
@@ -304,4 +324,4 @@ def load(model: str) -> TextDiffusionPipeline:
         raise UserError(
             f"the tokenizer in {model} has {len(pipe.tokenizer)} tokens, its denoiser {vocabulary_size}: no pair"
         )
-    return cast(TextDiffusionPipeline, pipe)
+    return pipe

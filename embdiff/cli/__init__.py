@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from embdiff.cli.classifier import train_classifier
 from embdiff.cli.evaluate import evaluate
 from embdiff.cli.frontier import frontier
 from embdiff.cli.quickstart import quickstart
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 app.command()(quickstart)
 app.command()(train)
+app.command()(train_classifier)
 app.command()(sample)
 app.command(name="eval")(evaluate)
 app.command()(frontier)

@@ -8,8 +8,10 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from embdiff.data import lines
 from embdiff.errors import UserError
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 SOLVERS = "ddim, ddpm, renoise, euler, euler-a, heun, churn, dpm++, dpm++3m, dpm++sde, dpm++3m-sde or unipc"
 GUIDANCE_HELP = "A module with its options, as length:words=12 or lexical:include=cheap pub|riverside; several times."
 UNITS = {"s": 1, "m": 60, "h": 3600}
+
+Advance = Callable[[str, int, int], None]  # told of what, how much is done, and of how much
 
 
 def seconds(text: str) -> float:
@@ -184,3 +188,22 @@ def parsed(guidance: list[str]) -> list[Guidance]:
     from embdiff.guidance import parse
 
     return [parse(spec) for spec in guidance]
+
+
+@contextmanager
+def shown() -> Iterator[Advance]:
+    """Progress bars on stderr, one for each thing that is done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    tasks: dict[str, Any] = {}
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+
+        def advance(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=total)
+            progress.update(tasks[what], completed=done)
+
+        yield advance

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from embdiff.cli.common import (
     run_config,
     run_corpus,
     set_scheduler,
+    shown,
 )
 from embdiff.errors import UserError
 
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from embdiff.data import Example
     from embdiff.evaluation.judges import Judge
     from embdiff.pipeline import TextDiffusionPipeline
-
-Advance = Callable[[str, int, int], None]
 
 
 def evaluate(
@@ -164,25 +162,6 @@ def named_judges(specs: list[str], pipe: TextDiffusionPipeline, train: list[str]
     if len(set(names)) < len(names):
         raise UserError(f"two judges are called {max(names, key=names.count)}: give each judge once")
     return judges
-
-
-@contextmanager
-def shown() -> Iterator[Advance]:
-    """Progress bars on stderr, one for each thing that is done."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    tasks: dict[str, Any] = {}
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-
-        def advance(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = progress.add_task(what, total=total)
-            progress.update(tasks[what], completed=done)
-
-        yield advance
 
 
 def show(figures: dict[str, Any]) -> None:

@@ -1,15 +1,18 @@
 """Guidance: the protocol in `base`, one file for each kind of control, and their names on the command line."""
 
 from embdiff.guidance.base import Guidance
+from embdiff.guidance.classifier import ClassifierGuidance
 from embdiff.guidance.classifier_free import Autoguidance, ClassifierFreeGuidance
 from embdiff.guidance.length import Length
 from embdiff.guidance.lexical import Lexical
 from embdiff.guidance.registry import modules, parse
 from embdiff.guidance.sampling import MinP, NoRepeatNgram, Processors, RepetitionPenalty, TopK, TopP
+from embdiff.guidance.toxicity import Toxicity
 
 __all__ = [
     "Autoguidance",
     "ClassifierFreeGuidance",
+    "ClassifierGuidance",
     "Guidance",
     "Length",
     "Lexical",
@@ -19,6 +22,7 @@ __all__ = [
     "RepetitionPenalty",
     "TopK",
     "TopP",
+    "Toxicity",
     "modules",
     "parse",
 ]

@@ -17,7 +17,7 @@ nothing; at the end of the run constraints and vetoes hold all the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
@@ -39,7 +39,7 @@ class Run:
     """What modules may know before the first step.
 
     samples: B, prompt after prompt, `repeat` of each. length: L positions. prompts, negative_prompts: B / repeat
-    strings, or None without. context: [B] of the prompts.
+    strings, or None without. context: [B] of the prompts. classifiers: stored with the model, by name.
     """
 
     denoiser: Denoiser
@@ -50,6 +50,7 @@ class Run:
     prompts: Sequence[str] | None = None
     negative_prompts: Sequence[str] | None = None
     context: Context | None = None
+    classifiers: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:

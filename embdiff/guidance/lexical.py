@@ -62,8 +62,8 @@ class Lexical(Guidance):
             yield from without(self.exclude, run)
 
 
-def without(phrases: Sequence[str], run: Run) -> Iterable[Part]:
-    """The parts that keep phrases out of texts."""
+def without(phrases: Sequence[str], run: Run, called: str | None = None) -> Iterable[Part]:
+    """The parts that keep phrases out of texts. called: what errors call them; by default they are shown."""
     banned = matcher(phrases)
     assert banned is not None
     # Tokens that are such a phrase by themselves, whatever stands beside them.
@@ -75,7 +75,7 @@ def without(phrases: Sequence[str], run: Run) -> Iterable[Part]:
         bias = torch.zeros(len(run.pieces), device=run.device)
         bias[alone] = -torch.inf
         yield Tilt(lambda words: words.logits + bias)
-    yield Veto(finder(banned, run), f"without {', '.join(map(repr, phrases))}" if len(phrases) < 9 else "the lexicon")
+    yield Veto(finder(banned, run), f"without {called or ', '.join(map(repr, phrases))}")
 
 
 def matcher(phrases: Sequence[str]) -> re.Pattern[str] | None:

@@ -15,13 +15,16 @@ from typing import Any
 
 from embdiff.errors import UserError
 from embdiff.guidance.base import Guidance
+from embdiff.guidance.classifier import ClassifierGuidance
 from embdiff.guidance.classifier_free import Autoguidance, ClassifierFreeGuidance
 from embdiff.guidance.length import Length
 from embdiff.guidance.lexical import Lexical
 from embdiff.guidance.sampling import MinP, NoRepeatNgram, RepetitionPenalty, TopK, TopP
+from embdiff.guidance.toxicity import Toxicity
 
 BUILT_IN: tuple[type[Guidance], ...] = (
-    ClassifierFreeGuidance, Autoguidance, Length, Lexical, TopK, TopP, MinP, RepetitionPenalty, NoRepeatNgram,
+    ClassifierFreeGuidance, Autoguidance, ClassifierGuidance, Toxicity, Length, Lexical,
+    TopK, TopP, MinP, RepetitionPenalty, NoRepeatNgram,
 )  # fmt: skip
 
 
