@@ -7,6 +7,7 @@ import sys
 import typer
 
 from embdiff.cli.classifier import train_classifier
+from embdiff.cli.control import eval_control
 from embdiff.cli.evaluate import evaluate
 from embdiff.cli.frontier import frontier
 from embdiff.cli.quickstart import quickstart
@@ -27,6 +28,7 @@ app.command()(train)
 app.command()(train_classifier)
 app.command()(sample)
 app.command(name="eval")(evaluate)
+app.command()(eval_control)
 app.command()(frontier)
 app.command()(tune_steps)
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from string import whitespace
 from typing import Any, NamedTuple, Protocol
 
+CLOSING = "\"')]}\u201d\u2019"
 OTHER_LETTER, OTHER_MARK = "\0", "\1"  # for characters that no phrase has
 
 State = Any  # hashable, and so is a symbol
@@ -112,12 +114,11 @@ class Sentences:
     start: State = True  # of the empty text
 
     def symbol(self, text: str) -> Symbol:
-        text = text.rstrip()
-        closed = text.rstrip("\"')]}\u201d\u2019")
-        if not text:
+        closed = text.rstrip(CLOSING + whitespace)
+        if not text.strip():
             return None
         # Closing marks alone leave it open: they end a sentence only after its end.
-        return "closing" if not closed.strip() else closed[-1] in ".!?\u2026"
+        return closed[-1] in ".!?\u2026" if closed else "closing"
 
     def step(self, state: State, symbol: Symbol) -> State | None:
         return state if symbol is None or symbol == "closing" else symbol
