@@ -72,6 +72,7 @@ class Predictor:
         self.table = self.denoiser.space.table()
         self.kept_embeddings = self.table[self.kept_ids]
         self.weight = self.denoiser.output_weight().to(self.denoiser.dtype)
+        self.automata: dict[tuple[int, ...], Automaton] = {}
         self.automaton = self._automaton([part for part in self.parts if isinstance(part, Constraint)])
         self.vetoes = [part for part in self.parts if isinstance(part, Veto)]
         if self.vetoes and self.automaton is not None:  # what contradicts itself is refused before the first step
@@ -179,12 +180,16 @@ class Predictor:
         )
 
     def _automaton(self, constraints: list[Constraint]) -> Automaton | None:
+        """What the constraints ask together; built once, since most often all are active at the same time."""
         if not constraints:
             return None
-        cause = ", ".join(constraint.cause for constraint in constraints)
-        languages = [constraint.language for constraint in constraints]
-        run = self.run
-        return Automaton.of(languages, run.pieces, run.samples, run.length, cause).to(run.device)
+        key, run = tuple(map(id, constraints)), self.run
+        if key not in self.automata:
+            cause = ", ".join(constraint.cause for constraint in constraints)
+            languages = [constraint.language for constraint in constraints]
+            found = Automaton.of(languages, run.pieces, run.samples, run.length, cause)
+            self.automata[key] = found.to(run.device)
+        return self.automata[key]
 
     # -------------------------------------------------------------------------------------------- its steps
 
