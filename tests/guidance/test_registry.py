@@ -32,7 +32,7 @@ def test_specs_name_modules(spec, module):
 @pytest.mark.parametrize(
     ("spec", "cause"),
     [
-        ("rhyme", "'rhyme' is unknown: choose one of autoguidance, cfg, length"),
+        ("rhyme", "'rhyme' is unknown: choose one of autoguidance, cfg, classifier, length"),
         ("length:sentences=3", "no option 'sentences': choose among"),
         ("length:words", "no option 'words'"),
         ("length:words=1,words=2", "twice"),
