@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -218,7 +219,7 @@ def having(include: Sequence[str], exclude: Sequence[str] = ()) -> Check:
 def known_words(pipe: TextDiffusionPipeline) -> Callable[[str], bool]:
     """Whether the model's tokenizer can spell a word."""
     tokenizer = pipe.tokenizer
-    return lambda word: tokenizer.unk_token_id not in tokenizer(word, add_special_tokens=False)["input_ids"]
+    return cache(lambda word: tokenizer.unk_token_id not in tokenizer(word, add_special_tokens=False)["input_ids"])
 
 
 def label_trials(

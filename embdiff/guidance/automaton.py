@@ -79,14 +79,18 @@ class Automaton:
             if len(number) > MOST_STATES:
                 raise UserError(f"{cause}: too much to keep track of at once; ask for fewer or shorter things")
         lost = len(rows)
-        following = torch.tensor([[lost if n < 0 else n for n in row] for row in rows])
         accepts = torch.tensor(
             [[all(of.accepts(s, b) for of, s in zip(languages, state, strict=True)) for state in waiting]
              for b in range(samples)]
         )  # fmt: skip
+        # Symbols that lead everywhere alike are one.
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for symbol, column in zip(symbols, zip(*rows, strict=True), strict=True):
+            alike.setdefault(column, []).extend(members[symbol])
+        following = torch.tensor(list(alike)).T.reshape(len(rows), len(alike))
         automaton = Automaton(
-            torch.tensor([token for group in members.values() for token in group]),
-            tuple(map(len, members.values())), following, accepts, 0,
+            torch.tensor([token for group in alike.values() for token in group]),
+            tuple(map(len, alike.values())), torch.where(following < 0, lost, following), accepts, 0,
         )  # fmt: skip
         possible = automaton._possible(length)
         if not bool(possible.all()):

@@ -7,7 +7,8 @@ may end there (`accepts`). `embdiff.guidance.automaton` does the rest, for any n
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from string import whitespace
@@ -138,21 +139,32 @@ class Phrases:
         self.phrases = [" ".join(phrase.casefold().split()) for phrase in phrases]
         self.ordered = ordered
         self.known = {c for phrase in self.phrases for c in phrase}
+        self.words = {word for phrase in self.phrases for word in re.findall(r"\w+", phrase)}
         # Found phrases, the ones that the text so far ends with, and the starts of phrases that it ends with.
         self.start: State = (frozenset(), frozenset(), frozenset((i, 0) for i in range(len(self.phrases))))
 
     def symbol(self, text: str) -> Symbol:
-        """The text with blanks as one and with all characters of words that no phrase has as one."""
+        """The text, with all as one that no phrase has: letters that are no part of a phrase's words, other marks, and
+        blanks in a row."""
         plain = []
-        for c in text.casefold():
-            if c.isspace():
+        for run in re.finditer(r"\w+|\s+|.", text.casefold(), re.DOTALL):
+            found, inside = run[0], (run.start() > 0, run.end() < len(text))
+            if found[0].isspace():
                 plain.append(" ")
-            elif c in self.known:
-                plain.append(c)
+            elif is_word(found[0]):
+                plain.append(found if self._matters(found, *inside) else OTHER_LETTER)
             else:
-                plain.append(OTHER_LETTER if is_word(c) else OTHER_MARK)
-        single = (" ", OTHER_LETTER, OTHER_MARK)
+                plain.append(found if found in self.known else OTHER_MARK)
+        single = (OTHER_LETTER, OTHER_MARK)
         return "".join(c for i, c in enumerate(plain) if i == 0 or c != plain[i - 1] or c not in single)
+
+    def _matters(self, letters: str, begins: bool, ends: bool) -> bool:
+        """Whether letters can be a part of a phrase's word; begins, ends: whether its first and last are known."""
+        test: Callable[[str], bool] = {
+            (True, True): letters.__eq__, (True, False): lambda word: word.startswith(letters),
+            (False, True): lambda word: word.endswith(letters), (False, False): lambda word: letters in word,
+        }[begins, ends]  # fmt: skip
+        return any(map(test, self.words))
 
     def step(self, state: State, symbol: Symbol) -> State | None:
         for c in symbol:
