@@ -187,8 +187,7 @@ def ensure_classifier(
         return
     classifier, found = train_classifier(pipe, examples, config)
     print(*found, sep="\n", flush=True)
-    (model / "classifiers").mkdir(exist_ok=True)
-    checkpoint.save_folder(model / "classifiers" / name, classifier.save_pretrained)
+    checkpoint.save_folder(checkpoint.classifier_folder(model, name), classifier.save_pretrained)
     pipe.classifiers[name] = classifier
 
 

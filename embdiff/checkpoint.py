@@ -20,6 +20,12 @@ from embdiff.errors import UserError
 from embdiff.optim import Muon
 
 Tensors = dict[str, Tensor]
+CLASSIFIERS = "classifiers"  # in a model's folder: of what guides it, a folder each
+
+
+def classifier_folder(model: Path, name: str) -> Path:
+    """Where a model keeps its classifier of this name."""
+    return model / CLASSIFIERS / name
 
 
 def save_folder(target: Path, write: Callable[[Path], None]) -> None:

@@ -12,6 +12,7 @@ import csv
 import io
 import json
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -184,6 +185,15 @@ def _txt_examples(path: Path, options: _Options) -> Iterator[Example]:
                 raise UserError(f"{where}: no separator {options.separator!r}; add it or choose another")
         if text.strip():
             yield _example(text.strip(), prompt.strip() if prompt else None)
+
+
+def read_lines(path: str, what: str) -> list[str]:
+    """The lines of a file, or of stdin for `-`, stripped and without blank ones. what: it is called in errors."""
+    try:
+        content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {what} {path}: {error.strerror}") from error
+    return [line.strip() for _, line in lines("stdin" if path == "-" else path, content)]
 
 
 def lines(name: str | Path, content: bytes) -> Iterator[tuple[str, str]]:

@@ -46,6 +46,10 @@ class Context(NamedTuple):
         """Out of sight for the examples where `seen` [B] bool is False."""
         return self._replace(mask=self.mask & seen[:, None])
 
+    def hidden(self) -> Context:
+        """Out of sight for all examples."""
+        return self._replace(mask=torch.zeros_like(self.mask))
+
     def repeat(self, n: int) -> Context:
         """Every example n times in a row."""
         return Context(

@@ -123,18 +123,18 @@ def expectation(
     return Posterior(*(column.reshape(*h.shape[:-1], *column.shape[1:]) for column in columns))
 
 
-def class_max_reference(h: Tensor, weight: Tensor, classes: Classes) -> tuple[Tensor, Tensor]:
-    """The highest logit of each class [.., C], and the token that has it [.., C]."""
+def highest(logits: Tensor, classes: Classes) -> tuple[Tensor, Tensor]:
+    """The highest of the logits [.., V] in each class [.., C], and the token that has it [.., C]."""
     groups = torch.split(classes.order, list(classes.sizes))
-    found = [(h @ weight[group].T).max(-1) for group in groups]
+    found = [logits[..., group].max(-1) for group in groups]
     tokens = [group[best.indices] for group, best in zip(groups, found, strict=True)]
     return torch.stack([best.values for best in found], -1), torch.stack(tokens, -1)
 
 
 def class_max(h: Tensor, weight: Tensor, classes: Classes) -> tuple[Tensor, Tensor]:
-    """`class_max_reference` in row chunks."""
+    """`highest` of the logits h weight^T, in row chunks."""
     rows = h.reshape(-1, h.shape[-1])
-    found = [class_max_reference(chunk, weight, classes) for chunk in torch.split(rows, CHUNK)]
+    found = [highest(chunk @ weight.T, classes) for chunk in torch.split(rows, CHUNK)]
     values, tokens = (torch.cat(column).reshape(*h.shape[:-1], -1) for column in zip(*found, strict=True))
     return values, tokens
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from embdiff import baselines, vocabulary
+from embdiff.checkpoint import CLASSIFIERS, classifier_folder
 from embdiff.denoiser import Denoiser
 from embdiff.errors import UserError
 from embdiff.guidance import ClassifierFreeGuidance, Guidance
@@ -31,8 +32,6 @@ from embdiff.prediction import Predictor
 from embdiff.schedulers import EmbeddingScheduler, adapted
 
 Callback = Callable[["TextDiffusionPipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
-
-CLASSIFIERS = "classifiers"  # the folder of what guides, a folder each
 
 # Lengths are decided in the first fifth of the schedule, where nothing else is decided yet.
 DRAW_LENGTH_ABOVE = 0.8
@@ -89,7 +88,7 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         """As diffusers does, with the classifiers beside the other parts."""
         super().save_pretrained(save_directory, **options)
         for name, classifier in self.classifiers.items():
-            classifier.save_pretrained(Path(save_directory) / CLASSIFIERS / name)
+            classifier.save_pretrained(classifier_folder(Path(save_directory), name))
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike[str], **options: Any) -> TextDiffusionPipeline:

@@ -19,7 +19,7 @@ from embdiff import ops
 from embdiff.denoiser import Context, Denoiser
 from embdiff.errors import UserError
 from embdiff.guidance.automaton import Automaton, Shares
-from embdiff.guidance.base import Branch, Constraint, Gradient, Guidance, Part, Run, Tilt, Veto, Words
+from embdiff.guidance.base import Branch, Combine, Constraint, Gradient, Guidance, Part, Run, Tilt, Veto, Words
 
 
 class Plan(NamedTuple):
@@ -71,7 +71,8 @@ class Predictor:
         self.quantile = None if quantile is None else quantile[:, None, None]
         self.table = self.denoiser.space.table()
         self.kept_embeddings = self.table[self.kept_ids]
-        self.weight = self.denoiser.output_weight().to(self.denoiser.dtype)
+        makers = {self.denoiser, *(part.denoiser for part in self.parts if isinstance(part, Branch) and part.denoiser)}
+        self.weights = {denoiser: denoiser.output_weight().to(denoiser.dtype) for denoiser in makers}
         self.automata: dict[tuple[int, ...], Automaton] = {}
         self.automaton = self._automaton([part for part in self.parts if isinstance(part, Constraint)])
         self.vetoes = [part for part in self.parts if isinstance(part, Veto)]
@@ -87,7 +88,7 @@ class Predictor:
         plan = self._plan(gamma)
         main, others = self._features(z, gamma, self_cond, plan)
         pairs = list(zip(plan.branches, others, strict=True))
-        main = combined(main, [(branch, h) for branch, h in pairs if branch.space == "logits"])
+        main = combined(main, [(branch.combine, h) for branch, h in pairs if branch.space == "logits"])
         tilts = self._tilts(plan, self_cond)
         posterior = self._posterior(main, plan, tilts)
         means = [
@@ -114,7 +115,7 @@ class Predictor:
         rows = torch.arange(len(ids), device=ids.device)
         products = None
         while len(rows) and self.vetoes:
-            marked = torch.stack([veto.find(ids[rows]) for veto in self.vetoes]).any(0)
+            marked = found(self.vetoes, ids[rows])
             rows, bad = rows[marked.any(1)], marked.any(1)
             if products is None:
                 products = z[rows].float() @ self.table.T
@@ -129,8 +130,8 @@ class Predictor:
         """Of all texts that fulfil the constraints."""
         if self.automaton is None:
             return self.denoiser.space.round(z)
-        classes = ops.Classes(self.automaton.order, self.automaton.sizes)
-        return self._best(self.automaton, *ops.class_max(z, self.table, classes), z @ self.kept_embeddings.T)
+        best = ops.class_max(z, self.table, self.automaton.classes)
+        return self._best(self.automaton, *best, z @ self.kept_embeddings.T)
 
     def _nearest_by(self, products: Tensor, rows: Tensor) -> Tensor:
         """The same for some samples, by the products [R, L, V] of latents and embeddings."""
@@ -139,11 +140,8 @@ class Predictor:
             if not bool(best.values.isfinite().all()):
                 raise UserError(self._impossible())
             return best.indices
-        groups = torch.split(self.automaton.order, list(self.automaton.sizes))
-        found = [products[..., group].max(-1) for group in groups]
-        tokens = torch.stack([group[best.indices] for group, best in zip(groups, found, strict=True)], -1)
-        highest = torch.stack([best.values for best in found], -1)
-        return self._best(self.automaton.rows(rows), highest, tokens, products[..., self.kept_ids])
+        highest = ops.highest(products, self.automaton.classes)
+        return self._best(self.automaton.rows(rows), *highest, products[..., self.kept_ids])
 
     def _best(self, automaton: Automaton, highest: Tensor, tokens: Tensor, kept: Tensor) -> Tensor:
         padding, end = kept.unbind(-1)
@@ -216,27 +214,25 @@ class Predictor:
         def tilting(tilt: Tilt) -> ops.Tilting:
             return lambda logits, start: tilt.apply(Words(logits, slice(start, start + len(logits)), draft))
 
-        def barring(tokens: Tensor) -> ops.Tilting:
-            """tokens: [B L], which token each position must not have, -1 = none."""
+        tilts = [tilting(tilt) for tilt in plan.tilts]
+        if draft is None or not plan.vetoes:
+            return tilts
+        marked, tokens = found(plan.vetoes, draft).flatten(), draft.flatten()
 
-            def bar(logits: Tensor, start: int) -> Tensor:
-                here = tokens[start : start + len(logits), None]
-                barred = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, here.clamp(min=0), here >= 0)
-                return logits.masked_fill(barred, -torch.inf)
+        def bar(logits: Tensor, start: int) -> Tensor:
+            rows = slice(start, start + len(logits))
+            barred = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, tokens[rows, None], marked[rows, None])
+            return logits.masked_fill(barred, -torch.inf)
 
-            return bar
-
-        vetoes = [] if draft is None else [veto.find(draft) for veto in plan.vetoes]
-        barred = [barring(torch.where(marked, cast(Tensor, draft), -1).flatten()) for marked in vetoes]
-        return [tilting(tilt) for tilt in plan.tilts] + barred
+        return [*tilts, bar]
 
     def _posterior(
         self, h: Tensor, plan: Plan, tilts: Sequence[ops.Tilting], denoiser: Denoiser | None = None
     ) -> ops.Posterior:
         """By the head of the denoiser that made the features, in the embeddings of the run's."""
         automaton = plan.automaton
-        classes = None if automaton is None else ops.Classes(automaton.order, automaton.sizes)
-        weight = self.weight if denoiser is None else denoiser.output_weight().to(denoiser.dtype)
+        classes = None if automaton is None else automaton.classes
+        weight = self.weights[denoiser or self.denoiser]
         return ops.expectation(h, weight, self.table, self.temperature, self.kept_ids, classes, tilts)
 
     def _x0(self, posterior: ops.Posterior, gamma: float) -> Tensor:
@@ -263,13 +259,17 @@ def stacked(contexts: Sequence[Context | None]) -> Context | None:
     some = next((context for context in contexts if context is not None), None)
     if some is None:
         return None
-    hidden = some.hidden_from(torch.zeros_like(some.mask[:, 0]))
-    return Context.stack([hidden if context is None else context for context in contexts])
+    return Context.stack([some.hidden() if context is None else context for context in contexts])
 
 
-def combined(main: Tensor, others: Sequence[tuple[Branch, Tensor]]) -> Tensor:
+def found(vetoes: Sequence[Veto], tokens: Tensor) -> Tensor:
+    """[B, L] bool: which of the tokens [B, L] any veto marks."""
+    return torch.stack([veto.find(tokens) for veto in vetoes]).any(0)
+
+
+def combined(main: Tensor, others: Sequence[tuple[Combine, Tensor]]) -> Tensor:
     """What all branches make of the main value: each adds what it changes by itself, so their order doesn't matter."""
-    values = [branch.combine(main, other) for branch, other in others]
+    values = [combine(main, other) for combine, other in others]
     if len(values) < 2:
         return values[0] if values else main
     return main + (torch.stack(values) - main).sum(0)
@@ -278,19 +278,21 @@ def combined(main: Tensor, others: Sequence[tuple[Branch, Tensor]]) -> Tensor:
 def guided(main: ops.Posterior, others: Sequence[tuple[Branch, ops.Posterior]]) -> ops.Posterior:
     """A posterior after branches that combine means; probabilities are combined likewise, and made ones again."""
 
-    def field(name: str) -> Tensor:
-        pairs = [(branch, getattr(other, name)) for branch, other in others]
-        if name in ("mean", "each"):
-            pairs = [(branch._replace(combine=branch.means or branch.combine), other) for branch, other in pairs]
-        return combined(getattr(main, name), pairs)
+    def probability(name: str) -> Tensor:
+        return combined(getattr(main, name), [(branch.combine, getattr(other, name)) for branch, other in others])
 
-    kept = field("kept").clamp(0.0, 1.0)
+    def mean(name: str) -> Tensor:
+        ways = [branch.means or branch.combine for branch, _ in others]
+        values = [getattr(other, name) for _, other in others]
+        return combined(getattr(main, name), list(zip(ways, values, strict=True)))
+
+    kept = probability("kept").clamp(0.0, 1.0)
     kept = kept / kept.sum(-1, keepdim=True).clamp(min=1.0)
     if main.share is None:
-        return ops.Posterior(field("mean"), kept)
-    share = field("share").clamp(min=0.0)
+        return ops.Posterior(mean("mean"), kept)
+    share = probability("share").clamp(min=0.0)
     share = share / share.sum(-1, keepdim=True).clamp(min=1e-12)
-    return ops.Posterior(field("mean"), kept, share, field("each"))
+    return ops.Posterior(mean("mean"), kept, share, mean("each"))
 
 
 def constrained(posterior: ops.Posterior, automaton: Automaton, strength: float) -> ops.Posterior:

@@ -111,6 +111,11 @@ def load(name_or_path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The ids of a text, without special ones."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
 def before_end(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> list[int]:
     """The ids up to the first <eos> or <pad>: what follows is not part of the text."""
     ends = (tokenizer.eos_token_id, tokenizer.pad_token_id)

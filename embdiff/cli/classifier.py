@@ -38,14 +38,14 @@ def train_classifier(
         raise UserError(f"--name {name!r}: use letters, digits, - and _ alone")
     if width % 4:
         raise UserError(f"--width {width} must be a multiple of 4")
-    target = model / "classifiers" / name
-    if target.exists() and not overwrite:
-        raise UserError(f"{model} already has a classifier {name!r}: use --overwrite, or another --name")
     quiet()
-    from embdiff import checkpoint
+    from embdiff.checkpoint import classifier_folder, save_folder
     from embdiff.classification import ClassifierConfig, train_classifier
     from embdiff.data import read_examples
 
+    target = classifier_folder(model, name)
+    if target.exists() and not overwrite:
+        raise UserError(f"{model} already has a classifier {name!r}: use --overwrite, or another --name")
     pipe = load_pipeline(str(model), device, "fp32")
     examples = read_examples(
         data, text_column=text_column, prompt_column=label_column, separator=separator, limit=limit
@@ -55,8 +55,7 @@ def train_classifier(
         classifier, found = train_classifier(
             pipe, examples, config, lambda step, loss: advance("training", step, max_steps)
         )
-    target.parent.mkdir(exist_ok=True)
-    checkpoint.save_folder(target, classifier.save_pretrained)
+    save_folder(target, classifier.save_pretrained)
     labels = list(classifier.config.labels)
     print(f"{len(labels)} labels: {', '.join(labels[:12])}{' ..' if len(labels) > 12 else ''}")
     print("noise level t   right   by guessing")

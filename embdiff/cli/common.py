@@ -6,14 +6,13 @@ import logging
 import math
 import os
 import re
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embdiff.data import lines
+from embdiff.data import read_lines
 from embdiff.errors import UserError
 
 if TYPE_CHECKING:
@@ -58,6 +57,23 @@ def check_temperature(value: float) -> None:
     """Refuses what is no temperature."""
     if not (math.isfinite(value) and value > 0):
         raise UserError(f"--temperature {value} is out of range: give a number above 0")
+
+
+def check_output(output: Path | None, overwrite: bool) -> None:
+    """Refuses to replace a file unasked, or to write where nothing can be, before anything is loaded."""
+    if output is None:
+        return
+    if output.is_dir():
+        raise UserError(f"{output} is a folder: name a file")
+    if output.exists() and not overwrite:
+        raise UserError(f"{output} exists: use --overwrite to replace it, or another name")
+    if not output.parent.is_dir():
+        raise UserError(f"there is no folder {output.parent} for {output.name}: make it first")
+    there = output.exists()
+    with output.open("a"):  # an OSError is told in one line
+        pass
+    if not there:
+        output.unlink()
 
 
 def duration(value: float) -> str:
@@ -171,11 +187,7 @@ def like_run(model: str | Path, data: str) -> list[Example]:
 
 def read_prompts(path: str) -> list[str]:
     """The lines of a file, or of stdin for `-`, as in data; blank lines are skipped."""
-    try:
-        content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read prompts file {path}: {error.strerror}") from error
-    prompts = [line.strip() for _, line in lines("stdin" if path == "-" else path, content)]
+    prompts = read_lines(path, "prompts file")
     if not prompts:
         raise UserError(f"prompts file {path} has no prompt: write one on each line")
     return prompts

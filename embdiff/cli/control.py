@@ -12,6 +12,7 @@ from embdiff.cli.common import (
     GUIDANCE_HELP,
     SOLVERS,
     check_counts,
+    check_output,
     check_seed,
     load_pipeline,
     parsed,
@@ -19,7 +20,7 @@ from embdiff.cli.common import (
     set_scheduler,
     shown,
 )
-from embdiff.cli.evaluate import check_output, named_judges, real_texts
+from embdiff.cli.evaluate import named_judges, real_texts
 from embdiff.errors import UserError
 
 if TYPE_CHECKING:

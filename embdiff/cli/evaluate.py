@@ -13,6 +13,7 @@ import typer
 from embdiff.cli.common import (
     GUIDANCE_HELP,
     SOLVERS,
+    check_output,
     check_seed,
     like_run,
     load_pipeline,
@@ -95,23 +96,6 @@ def evaluate(
     if output is not None:
         content = json.dumps(figures | {"texts": drawn}, indent=1, ensure_ascii=False, allow_nan=False)
         output.write_text(content + "\n", encoding="utf-8")
-
-
-def check_output(output: Path | None, overwrite: bool) -> None:
-    """Refuses to replace a file unasked, or to write where nothing can be, before anything is loaded."""
-    if output is None:
-        return
-    if output.is_dir():
-        raise UserError(f"{output} is a folder: name a file")
-    if output.exists() and not overwrite:
-        raise UserError(f"{output} exists: use --overwrite to replace it, or another name")
-    if not output.parent.is_dir():
-        raise UserError(f"there is no folder {output.parent} for {output.name}: make it first")
-    there = output.exists()
-    with output.open("a"):  # an OSError is told in one line
-        pass
-    if not there:
-        output.unlink()
 
 
 def real_texts(

@@ -8,8 +8,8 @@ from typing import Any
 
 import typer
 
-from embdiff.cli.common import check_counts, check_seed, check_temperature, load_pipeline, quiet
-from embdiff.cli.evaluate import check_output, named_judges, real_texts
+from embdiff.cli.common import check_counts, check_output, check_seed, check_temperature, load_pipeline, quiet
+from embdiff.cli.evaluate import named_judges, real_texts
 from embdiff.errors import UserError
 
 HEAD = "solver        steps  temperature  cross-entropy  entropy  distinct-4  words"

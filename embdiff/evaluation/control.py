@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from embdiff import vocabulary
 from embdiff.errors import UserError
 from embdiff.evaluation import metrics
-from embdiff.evaluation.judges import Judge
+from embdiff.evaluation.judges import Judge, cross_entropy
 from embdiff.evaluation.samples import draw
 from embdiff.evaluation.scorer import Scorer
 from embdiff.guidance import ClassifierGuidance, Guidance, Length, Lexical
@@ -108,7 +109,7 @@ def outcome(
     guided_part, plain_part = (metrics_of(part, fewest) for part in (texts, list(plain)))
     return Outcome(
         control, len(texts), success / total, float(np.mean(chance)), ended(texts),
-        {judge.name: fluency(judge, texts) for judge in judges},
+        {judge.name: cross_entropy(judge, texts) for judge in judges},
         {judge.name: fluency_at_lengths(judge, plain, texts) for judge in judges},
         guided_part[0], plain_part[0], guided_part[1], plain_part[1],
     )  # fmt: skip
@@ -127,13 +128,8 @@ def ended(texts: Sequence[str]) -> float:
     return sum(bool(language.step(False, language.symbol(text))) for text in texts) / len(texts)
 
 
-def fluency(judge: Judge, texts: Sequence[str]) -> float:
-    """Nats a word and end."""
-    return float(judge.nats(texts).sum() / sum(len(text.split()) + 1 for text in texts))
-
-
 def fluency_at_lengths(judge: Judge, plain: Sequence[str], like: Sequence[str]) -> float:
-    """The same of `plain`, weighted so that its lengths in words are distributed as those of `like`.
+    """The cross-entropy of `plain` texts, weighted so that its lengths in words are distributed as those of `like`.
 
     Lengths that no plain text has take the nearest one that some have.
     """
@@ -156,9 +152,9 @@ def length_trials(
     pipe: TextDiffusionPipeline, real: Sequence[str], unit: str, targets: int, each: int, seed: int = 0
 ) -> list[Trial]:
     """Exact lengths, as real texts have them. unit: tokens, words or characters."""
-    count = counter(pipe, unit)
+    count, tokens = counter(pipe, unit), counter(pipe, "tokens")
     limit = int(pipe.denoiser.config.max_length)
-    lengths = [count(text) for text in real if 0 < counter(pipe, "tokens")(text) < limit]
+    lengths = [count(text) for text in real if 0 < tokens(text) < limit]
     if not lengths:
         raise UserError(f"no real text is short enough for the model's {limit} tokens: give others")
     chosen = np.random.default_rng((seed, 1)).choice(lengths, targets)
@@ -179,7 +175,7 @@ def counter(pipe: TextDiffusionPipeline, unit: str) -> Callable[[str], int]:
         return len
     if unit != "tokens":
         raise UserError(f"length in {unit!r} is unknown: choose tokens, words or characters")
-    return lambda text: len(pipe.tokenizer(text, add_special_tokens=False)["input_ids"])
+    return lambda text: len(vocabulary.tokens(pipe.tokenizer, text))
 
 
 def lexical_trials(
@@ -219,7 +215,7 @@ def having(include: Sequence[str], exclude: Sequence[str] = ()) -> Check:
 def known_words(pipe: TextDiffusionPipeline) -> Callable[[str], bool]:
     """Whether the model's tokenizer can spell a word."""
     tokenizer = pipe.tokenizer
-    return cache(lambda word: tokenizer.unk_token_id not in tokenizer(word, add_special_tokens=False)["input_ids"])
+    return cache(lambda word: tokenizer.unk_token_id not in vocabulary.tokens(tokenizer, word))
 
 
 def label_trials(

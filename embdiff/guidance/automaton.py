@@ -20,6 +20,7 @@ from torch import Tensor
 
 from embdiff.errors import UserError
 from embdiff.guidance.language import Language
+from embdiff.ops import Classes
 
 MOST_STATES = 20_000
 FLOOR = 1e-6  # of a class's probability: what the model holds for impossible must stay possible
@@ -36,14 +37,13 @@ class Shares(NamedTuple):
 @dataclass(frozen=True)
 class Automaton:
     """order: [V - specials] token ids, class after class; sizes: of the classes, C numbers.
-    next: [S, C] int64, S where a text is lost; accepts: [B, S] bool; start: the first state.
+    next: [S, C] int64, S where a text is lost; accepts: [B, S] bool. State 0 is that of the empty text.
     """
 
     order: Tensor
     sizes: tuple[int, ...]
     next: Tensor
     accepts: Tensor
-    start: int
 
     @staticmethod
     def of(
@@ -90,7 +90,7 @@ class Automaton:
         following = torch.tensor(list(alike)).T.reshape(len(rows), len(alike))
         automaton = Automaton(
             torch.tensor([token for group in alike.values() for token in group]),
-            tuple(map(len, alike.values())), torch.where(following < 0, lost, following), accepts, 0,
+            tuple(map(len, alike.values())), torch.where(following < 0, lost, following), accepts,
         )  # fmt: skip
         possible = automaton._possible(length)
         if not bool(possible.all()):
@@ -100,15 +100,14 @@ class Automaton:
 
     def to(self, device: torch.device) -> Automaton:
         """The same on a device."""
-        moved = (t.to(device) for t in (self.order, self.next, self.accepts))
-        order, following, accepts = moved
-        return Automaton(order, self.sizes, following, accepts, self.start)
+        moved = {name: getattr(self, name).to(device) for name in ("order", "next", "accepts")}
+        return replace(self, **moved)
 
     def _possible(self, length: int) -> Tensor:
         """[B] bool: whether a text of at most `length` tokens is accepted."""
         reached = torch.zeros(len(self.next) + 1, dtype=torch.bool)
-        reached[self.start] = True
-        found = self.accepts[:, self.start]
+        reached[0] = True
+        found = self.accepts[:, 0]
         for _ in range(length):
             after = torch.zeros_like(reached)
             after[self.next[reached[:-1]].flatten()] = True
@@ -146,7 +145,7 @@ class Automaton:
         after_end.reverse()
 
         here, done = torch.zeros(B, S + 1, dtype=m.dtype, device=m.device), m.new_zeros(B)
-        here[:, self.start] = 1.0
+        here[:, 0] = 1.0
         found: list[Tensor] = []
         for i in range(L):
             following = after_state[i][:, targets].view(B, S, C)
@@ -166,6 +165,11 @@ class Automaton:
         marginal = torch.stack(found, 1).to(shares.classes.dtype)
         return Shares(marginal[..., :C], marginal[..., C], marginal[..., C + 1])
 
+    @property
+    def classes(self) -> Classes:
+        """Which tokens are alike."""
+        return Classes(self.order, self.sizes)
+
     def rows(self, index: Tensor) -> Automaton:
         """For some of the samples."""
         return replace(self, accepts=self.accepts[index])
@@ -180,7 +184,7 @@ class Automaton:
         B, L, C = m.shape
         S = len(self.next)
         targets = self.next.flatten()
-        stop = torch.where(self.accepts, 0.0, -torch.inf).double().to(m.device).expand(B, S)
+        stop = torch.where(self.accepts, 0.0, -torch.inf).double().expand(B, S)
         lost = m.new_full((B, 1), -torch.inf)
         # What the padding behind an end adds up to.
         tail = torch.cat([scores.padding.double().flip(1).cumsum(1).flip(1), m.new_zeros(B, 1)], 1)
@@ -192,7 +196,7 @@ class Automaton:
             choices.append(torch.where(ending > going.values, C, going.indices))
             later = torch.cat([torch.maximum(ending, going.values), lost], 1)
         choices.reverse()
-        state = torch.full((B,), self.start, device=m.device)
+        state = torch.zeros(B, dtype=torch.long, device=m.device)
         over = torch.zeros(B, dtype=torch.bool, device=m.device)
         picked: list[Tensor] = []
         for choice in choices:
@@ -200,4 +204,4 @@ class Automaton:
             picked.append(torch.where(over, C + 1, now))
             over = over | (now == C)
             state = torch.where(over, state, self.next[state, now.clamp(max=C - 1)])
-        return torch.stack(picked, 1), later[:, self.start]
+        return torch.stack(picked, 1), later[:, 0]

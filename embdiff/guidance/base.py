@@ -76,20 +76,23 @@ class Run:
         return denoiser.encode_context(encoded.ids, encoded.present, encoded.positions).repeat(self.repeat)
 
 
+Combine = Callable[[Tensor, Tensor], Tensor]
+
+
 class Branch(NamedTuple):
     """A prediction beside the main one. `combine(main, other)` gives the guided value: of features, which logits are
     linear in, if space is "logits"; of the posterior's means and probabilities if it is "x0".
 
-    context: what it looks at; denoiser: None = the run's own, else one of the same space, and only for "x0";
-    self_conditioned: whether it is given the last x0; means: combines mean embeddings [.., D] in place of `combine`.
+    context: what it looks at, None = nothing. denoiser: one of the same space, only for "x0"; None = the run's own.
+    self_conditioned: whether it is given the last x0. means: combines mean embeddings [.., D], in place of `combine`.
     """
 
-    combine: Callable[[Tensor, Tensor], Tensor]
+    combine: Combine
     space: str
     context: Context | None = None
     denoiser: Denoiser | None = None
     self_conditioned: bool = True
-    means: Callable[[Tensor, Tensor], Tensor] | None = None
+    means: Combine | None = None
 
 
 class Words(NamedTuple):

@@ -82,10 +82,7 @@ class ClassifierFreeGuidance(Away):
     def parts(self, run: Run) -> Iterable[Part]:
         if self.scale == 1.0 or run.context is None:
             return
-        if run.negative_prompts is None:
-            other = run.context.hidden_from(torch.zeros_like(run.context.mask[:, 0]))
-        else:
-            other = run.encode(run.negative_prompts)
+        other = None if run.negative_prompts is None else run.encode(run.negative_prompts)
         yield Branch(self.combine, self.space, other, means=self.combine_means)
 
 

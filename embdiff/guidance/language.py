@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from string import whitespace
 from typing import Any, NamedTuple, Protocol
@@ -55,39 +56,37 @@ class TokenCount:
     spans: Sequence[Span]
     start: State = 0
 
+    @cached_property
+    def most(self) -> int:
+        """What no sample's count may exceed."""
+        return max(span.high for span in self.spans)
+
     def symbol(self, text: str) -> Symbol:
-        return None
+        return 1
 
     def step(self, state: State, symbol: Symbol) -> State | None:
-        return state + 1 if state < max(span.high for span in self.spans) else None
+        return state + symbol if symbol is not None and state + symbol <= self.most else None
 
     def accepts(self, state: State, sample: int) -> bool:
-        return bool(state in self.spans[sample % len(self.spans)])
+        return self.count(state) in self.spans[sample % len(self.spans)]
+
+    def count(self, state: State) -> int:
+        """How many there were."""
+        return int(state)
 
 
 @dataclass(frozen=True)
-class CharacterCount:
+class CharacterCount(TokenCount):
     """Texts of so many characters. Tokens that are a part of a character are left out: only several would count one."""
-
-    spans: Sequence[Span]
-    start: State = 0
 
     def symbol(self, text: str) -> Symbol:
         return None if "\ufffd" in text else len(text)
 
-    def step(self, state: State, symbol: Symbol) -> State | None:
-        fits = symbol is not None and state + symbol <= max(span.high for span in self.spans)
-        return state + symbol if fits else None
-
-    def accepts(self, state: State, sample: int) -> bool:
-        return bool(state in self.spans[sample % len(self.spans)])
-
 
 @dataclass(frozen=True)
-class WordCount:
+class WordCount(TokenCount):
     """Texts of so many words, as `str.split` finds them."""
 
-    spans: Sequence[Span]
     start: State = (0, False)  # words so far, whether the last character is one of a word
 
     def symbol(self, text: str) -> Symbol:
@@ -101,11 +100,10 @@ class WordCount:
             return state
         (words, within), (first, starts, last) = state, symbol
         words += starts + (first and not within)
-        return (words, last) if words <= max(span.high for span in self.spans) else None
+        return (words, last) if words <= self.most else None
 
-    def accepts(self, state: State, sample: int) -> bool:
-        words, _ = state
-        return words in self.spans[sample % len(self.spans)]
+    def count(self, state: State) -> int:
+        return int(state[0])
 
 
 @dataclass(frozen=True)

@@ -99,19 +99,12 @@ def whole_inside(banned: re.Pattern[str], text: str) -> bool:
 
 def finder(banned: re.Pattern[str], run: Run) -> Callable[[Tensor], Tensor]:
     """A function of tokens [B, L] that marks a position [B, L] in each match: the one where it begins."""
-    ends = {run.tokenizer.eos_token_id, run.tokenizer.pad_token_id}
 
     def find(ids: Tensor) -> Tensor:
         marked = torch.zeros(ids.shape, dtype=torch.bool)
         for b, row in enumerate(ids.tolist()):
-            owner: list[int] = []
-            pieces = []
-            for i, token in enumerate(row):
-                if token in ends:
-                    break
-                text = run.pieces[token] or ""
-                pieces.append(text)
-                owner += [i] * len(text)
+            pieces = [run.pieces[token] or "" for token in vocabulary.before_end(run.tokenizer, row)]
+            owner = [i for i, text in enumerate(pieces) for _ in text]
             for match in banned.finditer("".join(pieces)):
                 marked[b, owner[match.start()]] = True
         return marked.to(ids.device)
@@ -124,22 +117,17 @@ def check_spelling(tokenizer: Any, phrase: str) -> None:
 
     def known(word: str) -> bool:
         forms = (word, word.lower(), word.capitalize(), word.upper())
-        return any(tokenizer.unk_token_id not in tokens(tokenizer, form) for form in forms)
+        return any(tokenizer.unk_token_id not in vocabulary.tokens(tokenizer, form) for form in forms)
 
     if unknown := [word for word in phrase.split() if not known(word)]:
         raise UserError(f"the model's vocabulary has no {' '.join(unknown)!r}: ask for words it has seen")
-
-
-def tokens(tokenizer: Any, text: str) -> list[int]:
-    """A text's tokens, without special ones."""
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def kept_pieces(keep: Mapping[int, str], run: Run) -> dict[int, str]:
     """What the token at each kept position adds to a text."""
     found: dict[int, str] = {}
     for start, text in keep.items():
-        for i, token in enumerate(tokens(run.tokenizer, text), int(start)):
+        for i, token in enumerate(vocabulary.tokens(run.tokenizer, text), int(start)):
             if i in found or not 0 <= i < run.length:
                 why = "is kept twice" if i in found else f"is not among the {run.length} of a text"
                 raise UserError(f"keep {start}={text!r}: position {i} {why}")

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from embdiff import vocabulary
 from embdiff.errors import UserError
 from embdiff.guidance.base import Guidance, Part, Run, Tilt, Veto, Words
 
@@ -122,20 +123,19 @@ class NoRepeatNgram(Guidance):
             raise UserError(f"no-repeat-ngram {self.n} is out of range: give 1 or more")
 
     def parts(self, run: Run) -> Iterable[Part]:
-        ends = {run.tokenizer.eos_token_id, run.tokenizer.pad_token_id}
-        yield Veto(lambda ids: repeated(ids, self.n, ends), f"no {self.n}-gram twice")
+        yield Veto(lambda ids: repeated(ids, self.n, run.tokenizer), f"no {self.n}-gram twice")
 
 
-def repeated(ids: Tensor, n: int, ends: set[int]) -> Tensor:
-    """[B, L] bool: where a run of n tokens ends that occurred before, up to the end of each text [B, L]."""
+def repeated(ids: Tensor, n: int, tokenizer: Any) -> Tensor:
+    """[B, L] bool: where a run of n tokens ends that occurred before in the text [B, L]."""
     marked = torch.zeros(ids.shape, dtype=torch.bool)
     for b, row in enumerate(ids.tolist()):
-        length = next((i for i, token in enumerate(row) if token in ends), len(row))
+        text = vocabulary.before_end(tokenizer, row)
         seen: set[tuple[int, ...]] = set()
-        for i in range(n, length + 1):
-            run = tuple(row[i - n : i])
-            marked[b, i - 1] = run in seen
-            seen.add(run)
+        for i in range(n, len(text) + 1):
+            last = tuple(text[i - n : i])
+            marked[b, i - 1] = last in seen
+            seen.add(last)
     return marked.to(ids.device)
 
 

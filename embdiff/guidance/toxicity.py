@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import ClassVar
 
-from embdiff.data import lines
+from embdiff.data import read_lines
 from embdiff.errors import UserError
 from embdiff.guidance.base import Guidance, Part, Run
 from embdiff.guidance.classifier import ClassifierGuidance
@@ -58,12 +57,7 @@ class Toxicity(Guidance):
 
 def read_lexicon(path: str) -> list[str]:
     """The phrases of a file, one a line; blank lines and those that begin with # are left out."""
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read lexicon {path}: {error.strerror}") from error
-    phrases = [text.strip() for _, text in lines(path, content)]
-    phrases = [phrase for phrase in phrases if phrase and not phrase.startswith("#")]
+    phrases = [phrase for phrase in read_lines(path, "lexicon") if not phrase.startswith("#")]
     if not phrases:
         raise UserError(f"lexicon {path} has no words: give one word or phrase a line")
     return phrases

@@ -13,7 +13,6 @@ from embdiff.evaluation.control import (
     Trial,
     cost,
     ended,
-    fluency,
     fluency_at_lengths,
     having,
     known_words,
@@ -24,6 +23,7 @@ from embdiff.evaluation.control import (
     realised,
     slots,
 )
+from embdiff.evaluation.judges import cross_entropy
 from embdiff.guidance import Length
 from tests.conftest import sentences
 
@@ -79,7 +79,7 @@ def test_checks():
 def test_plain_texts_are_weighted_to_the_lengths_of_the_guided():
     plain = ["a b", "a b c d", "a b c d"]
     judge = ByWord()
-    assert fluency(judge, ["a b"]) == pytest.approx(5 / 3)
+    assert cross_entropy(judge, ["a b"]) == pytest.approx(5 / 3)
     assert fluency_at_lengths(judge, plain, ["x y", "x y"]) == pytest.approx(5 / 3)
     assert fluency_at_lengths(judge, plain, ["x y", "w x y z"]) == pytest.approx((5 + 9) / (3 + 5))
     assert fluency_at_lengths(judge, plain, ["v w x y z"]) == pytest.approx(9 / 5)  # the nearest there is

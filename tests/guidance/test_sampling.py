@@ -1,5 +1,7 @@
 """Sampling controls: what they keep, on their own and as transformers has them."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
@@ -72,14 +74,14 @@ def test_repeated_runs_are_marked_where_they_end(tokens, n):
     ids = torch.tensor([[*tokens, 0, *[2] * 9]])
     expected = [tuple(tokens[i - n : i]) in {tuple(tokens[j - n : j]) for j in range(n, i)} if i >= n else False
                 for i in range(1, len(tokens) + 1)]  # fmt: skip
-    assert repeated(ids, n, {0, 1})[0].tolist() == expected + [False] * 10
+    ends = SimpleNamespace(eos_token_id=0, pad_token_id=1)
+    assert repeated(ids, n, ends)[0].tolist() == expected + [False] * 10
 
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_no_ngram_occurs_twice_in_a_text(pipe, n):
     out = pipe(num_samples=4, num_inference_steps=3, guidance=[NoRepeatNgram(n)])
-    ends = {pipe.tokenizer.eos_token_id, pipe.tokenizer.pad_token_id}
-    assert not repeated(out.sequences, n, ends).any()
+    assert not repeated(out.sequences, n, pipe.tokenizer).any()
 
 
 def test_processors_that_look_at_scores_alone_are_taken_as_they_are(pipe):
