@@ -214,7 +214,7 @@ class BaselineObjective(Objective):
     def texts(self, prompts: Sequence[str], count: int, generator: torch.Generator) -> list[str]:
         """Samples at temperature 1."""
         from embdiff import vocabulary
-        from embdiff.pipeline import sample_generators
+        from embdiff.randomness import sample_generators
 
         limit = int(self.model.config.max_prompt_length)
         encoded = Prompts.tokenized(self.tokenizer, prompts, limit) if prompts else None

@@ -13,12 +13,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+TRITON = find_spec("triton") is not None
 CHUNK = 256  # rows of logits held at a time
 
 
@@ -46,6 +48,11 @@ class Classes(NamedTuple):
 
 # (logits [R, V] of words, number of the first row) -> logits: tempered and with -inf for tokens that are kept apart.
 Tilting = Callable[[Tensor, int], Tensor]
+
+
+def has_kernels(device_type: str) -> bool:
+    """Whether `embdiff.kernels` serves such a device."""
+    return device_type == "cuda" and TRITON
 
 
 def expectation_reference(
@@ -91,8 +98,13 @@ def expectation(
 ) -> Posterior:
     """`expectation_reference` in row chunks: softmax in fp32, matrix products in the precision of `h`.
 
-    keep may be a tensor on the device of `h`, so that nothing is copied there.
+    keep may be a tensor on the device of `h`, so that nothing is copied there. By a kernel on a GPU, where there are
+    neither classes, tilts nor gradients.
     """
+    if has_kernels(h.device.type) and classes is None and not tilts and len(keep) <= 2 and not torch.is_grad_enabled():
+        from embdiff import kernels
+
+        return kernels.expectation(h, weight, table, temperature, torch.as_tensor(keep, device=h.device).long())
     rows = h.reshape(-1, h.shape[-1])
     weight, table = weight.to(h.dtype), table.to(h.dtype)
     ids = keep if isinstance(keep, Tensor) else list(keep)
@@ -145,7 +157,11 @@ def argmax_reference(h: Tensor, weight: Tensor) -> Tensor:
 
 
 def argmax(h: Tensor, weight: Tensor) -> Tensor:
-    """`argmax_reference` in row chunks; `max` is used since `argmax` is slow in bf16 on a CPU."""
+    """`argmax_reference`: by a kernel on a GPU, else in row chunks, by `max`, for `argmax` is slow in bf16 on a CPU."""
+    if has_kernels(h.device.type):
+        from embdiff import kernels
+
+        return kernels.argmax(h, weight)
     rows = h.reshape(-1, h.shape[-1])
     weight = weight.to(h.dtype)
     return torch.cat([F.linear(chunk, weight).max(-1).indices for chunk in torch.split(rows, CHUNK)]).reshape(

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -29,7 +29,12 @@ from embdiff.guidance.base import Run
 from embdiff.guidance.classifier import NoisyClassifier
 from embdiff.noise import GumbelSchedule, noise_schedule
 from embdiff.prediction import Predictor
+from embdiff.randomness import DeviceNoise, Noise, noise_of, sample_generators
 from embdiff.schedulers import EmbeddingScheduler, adapted
+
+if TYPE_CHECKING:
+    from embdiff.loop import Loops
+    from embdiff.schedulers.foreign import ForeignScheduler
 
 Callback = Callable[["TextDiffusionPipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
 
@@ -83,6 +88,7 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
             ).config()
         self.register_to_config(fitted_schedule=dict(fitted_schedule), temperature=temperature)
         self.classifiers: dict[str, NoisyClassifier] = {}
+        self._loops: Loops | None = None
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
         """As diffusers does, with the classifiers beside the other parts."""
@@ -166,12 +172,12 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         B = len(prompts) * num_samples
         generators = sample_generators(generator, B)
         run = self._run(prompts, negative_prompt, num_samples, length)
-        noise = NoiseAhead(generators, (length, self.denoiser.dim), self.device)
+        noise = noise_of(generators, (length, self.denoiser.dim), self.device)
 
         solver.set_timesteps(num_inference_steps, device=self.device)
         solver.set_begin_index(0)
         gammas: list[float] = solver.gammas.tolist()
-        z = noise.draw(1)[0] * solver.init_noise_sigma
+        z = noise() * solver.init_noise_sigma
         predictor = Predictor(
             run,
             [ClassifierFreeGuidance(guidance_scale), *guidance],
@@ -182,8 +188,10 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
             draw_above=float(noise_schedule(dict(self.config.fitted_schedule)).gamma(DRAW_LENGTH_ABOVE)),
             length_bias=length_bias,
         )
-        x0: Tensor | None = None
         self._num_timesteps = len(gammas)
+        if callback_on_step_end is None and (ending := self._recorded(predictor, solver, gammas, noise)) is not None:
+            return self._finished(predictor, ending, output_type, return_dict)
+        x0: Tensor | None = None
         with self.progress_bar(total=len(gammas)) as progress:
             for i, t in enumerate(solver.timesteps):
                 x0 = predictor(solver.scale_model_input(z, t), gammas[i], x0)
@@ -196,11 +204,7 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
                     z = (changed or {}).get("latents", z)
                 progress.update()
 
-        if output_type == "latent":
-            return self._result([], torch.empty(B, 0, dtype=torch.long), z, return_dict)
-        sequences = predictor.round(z)
-        texts = [] if output_type == "seq" else self.decode(sequences)
-        return self._result(texts, sequences, None, return_dict)
+        return self._finished(predictor, z, output_type, return_dict)
 
     @property
     def num_timesteps(self) -> int:
@@ -211,15 +215,31 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         """The texts of token ids [B, L], each up to its end of text."""
         return [vocabulary.decode(self.tokenizer, ids) for ids in sequences.tolist()]
 
-    @staticmethod
-    def _result(
-        texts: list[str], sequences: Tensor, latents: Tensor | None, return_dict: bool
-    ) -> TextDiffusionOutput | tuple[Any, ...]:
-        if return_dict:
-            return TextDiffusionOutput(texts, sequences, latents)
-        return (texts, sequences) if latents is None else (texts, sequences, latents)
+    def _recorded(
+        self, predictor: Predictor, solver: EmbeddingScheduler | ForeignScheduler, gammas: list[float], noise: Noise
+    ) -> Tensor | None:
+        """The last latents, by a recorded loop where there is one for this device and run; else None."""
+        if not isinstance(solver, EmbeddingScheduler) or not isinstance(noise, DeviceNoise):
+            return None
+        from embdiff.loop import Loops, fits
 
-    def _kept_tokens(self) -> tuple[int, ...]:
+        if not fits(predictor, gammas):
+            return None
+        self._loops = self._loops or Loops()
+        return self._loops.run(predictor, solver.table, gammas, self._kept_tokens(), noise.seeds)
+
+    def _finished(
+        self, predictor: Predictor, z: Tensor, output_type: str, return_dict: bool
+    ) -> TextDiffusionOutput | tuple[Any, ...]:
+        """What a call returns, from the last latents."""
+        if output_type == "latent":
+            sequences = torch.empty(len(z), 0, dtype=torch.long)
+            return TextDiffusionOutput([], sequences, z) if return_dict else ([], sequences, z)
+        sequences = predictor.round(z)
+        texts = [] if output_type == "seq" else self.decode(sequences)
+        return TextDiffusionOutput(texts, sequences) if return_dict else (texts, sequences)
+
+    def _kept_tokens(self) -> tuple[int, int]:
         """The tokens that make up a text's length; padding first, for what follows an end is padding."""
         return (int(self.tokenizer.pad_token_id), int(self.tokenizer.eos_token_id))
 
@@ -248,43 +268,6 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         if negatives is not None and len(negatives) != len(prompts):
             raise UserError(f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one, or one for each")
         return replace(run, prompts=positive, negative_prompts=negatives, context=run.encode(positive))
-
-
-class NoiseAhead:
-    """The noise of some steps at a time: each sample's from its own generator, in one copy to the device."""
-
-    STEPS = 8
-
-    def __init__(self, generators: list[torch.Generator], shape: tuple[int, int], device: torch.device) -> None:
-        self.generators, self.shape, self.device = generators, shape, device
-        self.ready = list[Tensor]()
-
-    def __call__(self) -> Tensor:
-        """eps of the next noisy step, [B, L, D]."""
-        if not self.ready:
-            self.ready = list(reversed(self.draw(self.STEPS)))
-        return self.ready.pop()
-
-    def draw(self, steps: int) -> list[Tensor]:
-        """eps of so many steps."""
-        drawn = [torch.randn((steps, *self.shape), generator=g, device=g.device) for g in self.generators]
-        noise = torch.stack(drawn, 1)
-        if self.device.type == "cuda" and noise.device.type == "cpu":
-            noise = noise.pin_memory()
-        return list(noise.to(self.device, non_blocking=True).unbind())
-
-
-def sample_generators(
-    generator: torch.Generator | Sequence[torch.Generator] | None, count: int
-) -> list[torch.Generator]:
-    """A CPU generator for each sample. One generator, or none, gives the seeds; several are used as they are."""
-    if generator is not None and not isinstance(generator, torch.Generator):
-        if len(generator) != count:
-            raise UserError(f"{len(generator)} generators for {count} samples: give one, or one for each")
-        return list(generator)
-    device = "cpu" if generator is None else generator.device
-    seeds = torch.randint(2**62, (count,), generator=generator, device=device).tolist()
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def load(model: str) -> TextDiffusionPipeline:

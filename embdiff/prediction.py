@@ -80,12 +80,12 @@ class Predictor:
             self.round(torch.zeros(run.samples, run.length, self.denoiser.dim, device=run.device))
         self.plans: dict[tuple[bool, ...], Plan] = {}
         for gamma in gammas:
-            self._plan(gamma)
+            self.plan(gamma)
 
     def __call__(self, z: Tensor, gamma: float, self_cond: Tensor | None) -> Tensor:
         """x0 [B, L, D], fp32, for latents z [B, L, D] at noise level gamma, given the previous x0; None = no step was
         taken yet."""
-        plan = self._plan(gamma)
+        plan = self.plan(gamma)
         main, others = self._features(z, gamma, self_cond, plan)
         pairs = list(zip(plan.branches, others, strict=True))
         main = combined(main, [(branch.combine, h) for branch, h in pairs if branch.space == "logits"])
@@ -157,7 +157,8 @@ class Predictor:
 
     # ------------------------------------------------------------------------------------------------ the plan
 
-    def _plan(self, gamma: float) -> Plan:
+    def plan(self, gamma: float) -> Plan:
+        """What a step at this noise level does."""
         key = tuple(module.active(gamma) for module in self.modules)
         if key not in self.plans:
             self.plans[key] = self._new_plan([part for part, active in zip(self.parts, key, strict=True) if active])

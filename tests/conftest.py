@@ -11,6 +11,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # tests share the cores already: thread
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before triton is imported: its kernels then run on the CPU, interpreted
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from hypothesis import settings
 
 from embdiff import vocabulary

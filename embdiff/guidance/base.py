@@ -85,6 +85,7 @@ class Branch(NamedTuple):
 
     context: what it looks at, None = nothing. denoiser: one of the same space, only for "x0"; None = the run's own.
     self_conditioned: whether it is given the last x0. means: combines mean embeddings [.., D], in place of `combine`.
+    scale: where all of it is other + scale (main - other), which fused kernels can do; None = it is something else.
     """
 
     combine: Combine
@@ -93,6 +94,7 @@ class Branch(NamedTuple):
     denoiser: Denoiser | None = None
     self_conditioned: bool = True
     means: Combine | None = None
+    scale: float | None = None
 
 
 class Words(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from torch import Tensor
 from embdiff.denoiser import Denoiser
 from embdiff.errors import UserError
 from embdiff.guidance.base import Branch, Guidance, Part, Run
+
+if TYPE_CHECKING:
+    from embdiff.denoiser import Context
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,18 @@ class Away(Guidance):
                 f"rescale {self.rescale}, parallel {self.parallel}, radius {self.radius}: "
                 "give shares from 0 to 1, and a radius above 0"
             )
-        if self.space == "logits" and (self.rescale, self.parallel, self.radius) != (0.0, 1.0, math.inf):
+        if self.space == "logits" and not self.linear:
             raise UserError("rescale, parallel and radius are for mean embeddings: leave them out, or use space x0")
+
+    @property
+    def linear(self) -> bool:
+        """Whether no remedy is on."""
+        return (self.rescale, self.parallel, self.radius) == (0.0, 1.0, math.inf)
+
+    def branch(self, context: Context | None, denoiser: Denoiser | None = None, **options: Any) -> Branch:
+        """The branch of who knows less."""
+        scale = self.scale if self.linear else None
+        return Branch(self.combine, self.space, context, denoiser, means=self.combine_means, scale=scale, **options)
 
     def combine(self, main: Tensor, other: Tensor) -> Tensor:
         """The guided value, shaped like its arguments."""
@@ -57,7 +70,7 @@ class Away(Guidance):
 
     def combine_means(self, main: Tensor, other: Tensor) -> Tensor:
         """The guided mean embeddings [.., D]."""
-        if (self.rescale, self.parallel, self.radius) == (0.0, 1.0, math.inf):
+        if self.linear:
             return self.combine(main, other)
         change = main - other
         limit = self.radius * main.shape[-1] ** 0.5
@@ -83,7 +96,7 @@ class ClassifierFreeGuidance(Away):
         if self.scale == 1.0 or run.context is None:
             return
         other = None if run.negative_prompts is None else run.encode(run.negative_prompts)
-        yield Branch(self.combine, self.space, other, means=self.combine_means)
+        yield self.branch(other)
 
 
 @dataclass(frozen=True)
@@ -110,7 +123,7 @@ class Autoguidance(Away):
         context = run.context
         if weaker is not None and run.prompts is not None:
             context = run.encode(run.prompts, weaker)
-        yield Branch(self.combine, self.space, context, weaker, weaker is not None, means=self.combine_means)
+        yield self.branch(context, weaker, self_conditioned=weaker is not None)
 
 
 def weaker_denoiser(folder: str, run: Run) -> Denoiser:

@@ -193,7 +193,7 @@ class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     ) -> None:
         """Chooses the noise levels and compiles the table: one row for each evaluation of the denoiser.
 
-        `noisy` then says for each row whether its step adds noise.
+        `table` then holds the rows, and `noisy` says for each whether its step adds noise.
 
         Args:
             num_inference_steps: N >= 1 evaluations, at the schedule's own levels.
@@ -221,7 +221,7 @@ class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def _follow(
         self, table: Sequence[Row | Rows], gammas: Array, times: Array, device: str | torch.device | None
     ) -> None:
-        self._table, self._times = table, times
+        self.table, self._times = table, times
         self.noisy = [bool(torch.as_tensor(row.s).any()) for row in table]
         self.gammas = torch.tensor(gammas, dtype=torch.float32, device=device)
         self.timesteps = torch.tensor(times * self.config.num_train_timesteps, dtype=torch.float32, device=device)
@@ -273,12 +273,12 @@ class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             self._history = None
         # Entered in the middle of the table there are no previous predictions: this one stands in for them.
         predictions = (model_output, *(self._history or (model_output, model_output)))
-        row = self._table[index]
+        row = self.table[index]
         noise = variance_noise
         if noise is None and self.noisy[index]:
             noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
         prev = advance(row, sample, predictions, noise)
-        last = index + 1 == len(self._table)
+        last = index + 1 == len(self.table)
         self._history = None if last else remembered(row, predictions)
         self._step_index = None if last else index + 1
         return SchedulerOutput(prev, model_output) if return_dict else (prev, model_output)

@@ -177,9 +177,9 @@ def test_ddim_at_eta_one_is_ddpm_and_its_posterior(noise, steps):
     ancestral, eta_one = make("ddpm", noise), make("ddim", noise, eta=1.0)
     ancestral.set_timesteps(steps)
     eta_one.set_timesteps(steps)
-    assert ancestral._table == eta_one._table
+    assert ancestral.table == eta_one.table
     gammas = ancestral.gammas.double()
-    for (a, b, *_, s), now, to in zip(ancestral._table, gammas, gammas[1:], strict=False):
+    for (a, b, *_, s), now, to in zip(ancestral.table, gammas, gammas[1:], strict=False):
         # q(z' | z, x0) by Bayes' rule from the two Gaussian factors, in textbook form.
         alpha2, alpha2_to = torch.sigmoid(-now), torch.sigmoid(-to)
         ratio2 = alpha2 / alpha2_to
@@ -456,5 +456,5 @@ def test_the_second_order_solver_starts_with_a_first_order_step():
     ddim = DDIMScheduler(noise_schedule={"name": "cosine", **RANGE})
     for s in (scheduler, ddim):
         s.set_timesteps(8)
-    assert scheduler._table[0] == pytest.approx(ddim._table[0])
-    assert scheduler._table[-1] == ddim._table[-1] == (0.0, 1.0, 0.0, 0.0, 0.0)
+    assert scheduler.table[0] == pytest.approx(ddim.table[0])
+    assert scheduler.table[-1] == ddim.table[-1] == (0.0, 1.0, 0.0, 0.0, 0.0)

@@ -1,0 +1,219 @@
+"""All steps of a run on a GPU as one CUDA graph: nothing is launched from Python, and nothing read back, until the end.
+
+    B samples   L positions   D embedding dim   N steps
+
+Each step is the denoiser and the two kernels of `embdiff.kernels`. A graph is recorded once for a shape, a solver and a
+way of guiding, and replayed for every further batch: seeds, lengths, contexts and weights are copied to the places that
+it reads. What it can't hold (constraints, vetoes, tilts, gradients, callbacks, other packages' schedulers) is left to
+`Predictor` and the scheduler, one launch at a time, with the same noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from embdiff import kernels
+from embdiff.denoiser import Context
+from embdiff.guidance.base import Branch
+from embdiff.prediction import Plan, Predictor
+from embdiff.schedulers.table import Row
+
+MOST_GRAPHS = 8  # that are kept: each holds the activations of its steps
+
+
+class Inputs(NamedTuple):
+    """What differs from batch to batch. seeds: [B] int64; quantile: [B] in (0, 1); contexts: of each plan."""
+
+    seeds: Tensor
+    quantile: Tensor
+    contexts: list[Context | None]
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, in a fixed order."""
+        return [self.seeds, self.quantile, *(t for context in self.contexts for t in context or ())]
+
+    def padded(self, count: int) -> Inputs:
+        """With further samples, whose texts nobody reads."""
+        B = len(self.seeds)
+
+        def wide(tensor: Tensor, dim: int) -> Tensor:
+            by_branch = tensor.view(*tensor.shape[:dim], -1, B, *tensor.shape[dim + 1 :])
+            return F.pad(by_branch, (*(0, 0) * (tensor.ndim - dim - 1), 0, count - B)).flatten(dim, dim + 1)
+
+        contexts = [c and Context(wide(c.keys, 1), wide(c.values, 1), wide(c.mask, 0)) for c in self.contexts]
+        return Inputs(wide(self.seeds, 0), wide(self.quantile, 0), contexts)
+
+
+class Loop:
+    """The steps of a run, from seeds to the last latents.
+
+    Args:
+        predictor: what is predicted at each step; see `fits`.
+        rows: the solver's table, N rows. gammas: their noise levels.
+        ends: ids of padding and the end of text.
+        inputs: of the first batch, which tell the shapes; they are kept, and overwritten by those of later ones.
+        record: whether as a CUDA graph, else step by step.
+    """
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        rows: Sequence[Row],
+        gammas: Sequence[float],
+        ends: tuple[int, int],
+        inputs: Inputs,
+        record: bool = True,
+    ) -> None:
+        self.denoiser, self.temperature, self.inputs = predictor.denoiser, predictor.temperature, inputs
+        self.shape = (len(inputs.seeds), predictor.run.length, self.denoiser.dim)
+        plans = distinct(predictor, gammas)
+        self.plan_of_step = [next(k for k, plan in enumerate(plans) if plan is predictor.plan(g)) for g in gammas]
+        self.branches = [plan.branches for plan in plans]
+        # Before the first step there are no predictions: its own stands in for them.
+        self.rows = [row if i else Row(row.a, row.b + row.c + row.d, s=row.s) for i, row in enumerate(rows)]
+        device, odds = inputs.seeds.device, math.exp(predictor.length_bias)
+        drawn = [predictor.quantile is not None and gamma > predictor.draw_above for gamma in gammas]
+        self.numbers = torch.tensor(
+            [[*row, float(draws), odds] for row, draws in zip(self.rows, drawn, strict=True)], device=device
+        )
+        self.levels = torch.tensor(gammas, device=device)
+        self.ends = torch.tensor(ends, device=device)
+        self.weight = self.denoiser.output_weight().to(self.denoiser.dtype)
+        self.table = self.denoiser.space.table()
+        self.graph: Any = None
+        if record:
+            self._record()
+
+    def __call__(self, inputs: Inputs) -> Tensor:
+        """z [B, L, D] after the last step; the next call overwrites it."""
+        for place, value in zip(self.inputs.tensors(), inputs.tensors(), strict=True):
+            place.copy_(value)
+        # The other weights are read where they are.
+        self.weight.copy_(self.denoiser.output_weight())
+        self.table.copy_(self.denoiser.space.table())
+        if self.graph is None:
+            return self._steps()
+        self.graph.replay()
+        return self.found
+
+    def _record(self) -> None:
+        """Runs the steps twice, for libraries to choose their kernels, then records them."""
+        side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self._steps()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.found = self._steps()
+
+    def _steps(self) -> Tensor:
+        _, L, D = self.shape
+        lengths = kernels.Lengths(self.inputs.quantile, self.table[self.ends])
+        z = kernels.normal(self.inputs.seeds, 0, L, D)
+        before = before_that = nothing = torch.zeros_like(z)
+        draw = 1
+        for i, row in enumerate(self.rows):
+            found, scale = self._parts(z, i, before, nothing)
+            z_next, x0 = torch.empty_like(z), torch.empty_like(z)
+            kernels.step(
+                found, z, (before, before_that), self.numbers[i], lengths, self.inputs.seeds, draw if row.s else -1,
+                scale, z_next, x0,
+            )  # fmt: skip
+            draw += bool(row.s)
+            z, before, before_that = z_next, x0, before if i else x0
+        return z
+
+    def _parts(self, z: Tensor, i: int, last: Tensor, nothing: Tensor) -> tuple[kernels.Parts, float | None]:
+        """The posterior of a step under all its branches, and their scale where they are combined afterwards."""
+        plan = self.plan_of_step[i]
+        given = [last, *(last if branch.self_conditioned else nothing for branch in self.branches[plan])]
+        level = self.levels[i].expand(len(given) * len(z))
+        h: Tensor = self.denoiser(torch.cat([z] * len(given)), level, self.inputs.contexts[plan], torch.cat(given))
+        scale = None
+        for branch in self.branches[plan]:
+            if branch.space == "logits":
+                h = branch.combine(*h.chunk(2))
+            else:
+                scale = branch.scale
+        return kernels.parts(h.flatten(0, 1), self.weight, self.table, self.temperature, self.ends), scale
+
+
+class Loops:
+    """The loops of a pipeline, each recorded when it is first needed; the oldest make room."""
+
+    def __init__(self) -> None:
+        self.kept: OrderedDict[Hashable, Loop] = OrderedDict()
+
+    def run(
+        self,
+        predictor: Predictor,
+        rows: Sequence[Row],
+        gammas: Sequence[float],
+        ends: tuple[int, int],
+        seeds: Tensor,
+        record: bool | None = None,
+    ) -> Tensor:
+        """z [B, L, D] after all steps, for seeds [B]; the arguments are those of `Loop`. record: None = on a GPU."""
+        B = len(seeds)
+        quantile = seeds.new_full((B,), 0.5, dtype=torch.float32)
+        if predictor.quantile is not None:
+            quantile = predictor.quantile.flatten().float()
+        plans = distinct(predictor, gammas)
+        contexts = [plan.context and plan.context.widened(-(-plan.context.mask.shape[1] // 16) * 16) for plan in plans]
+        inputs = Inputs(seeds, quantile, contexts).padded(bucket(B))
+        denoiser = predictor.denoiser
+        key = (
+            id(denoiser), denoiser.dtype, denoiser.head.weight.data_ptr(), predictor.run.length, predictor.temperature,
+            predictor.length_bias, predictor.quantile is None, predictor.draw_above, tuple(rows), tuple(gammas), ends,
+            tuple(tuple(map(way, predictor.plan(gamma).branches)) for gamma in gammas),
+            tuple(tuple(t.shape) for t in inputs.tensors()),
+        )  # fmt: skip
+        if key not in self.kept:
+            while len(self.kept) >= MOST_GRAPHS:
+                self.kept.popitem(last=False)
+            self.kept[key] = Loop(predictor, rows, gammas, ends, inputs, seeds.is_cuda if record is None else record)
+        self.kept.move_to_end(key)
+        return self.kept[key](inputs)[:B].clone()
+
+
+def bucket(count: int) -> int:
+    """How many samples a graph is recorded for: a power of two up to 64, then a multiple of 64."""
+    return 1 << (count - 1).bit_length() if count <= 64 else -(-count // 64) * 64
+
+
+def fits(predictor: Predictor, gammas: Sequence[float]) -> bool:
+    """Whether a graph can hold what is predicted at these levels: at most one branch, of a scale alone."""
+
+    def simple(plan: Plan) -> bool:
+        others = plan.tilts or plan.vetoes or plan.gradients or plan.automaton is not None
+        return not others and len(plan.branches) <= 1 and all(map(linear, plan.branches))
+
+    def linear(branch: Branch) -> bool:
+        # The kernel combines probabilities and means of words; where no tokens are kept apart, the mean is of all.
+        apart = branch.space == "logits" or bool(predictor.kept)
+        return branch.denoiser is None and branch.scale is not None and apart
+
+    return all(map(simple, distinct(predictor, gammas)))
+
+
+def way(branch: Branch) -> tuple[str, float | None, bool]:
+    """How a branch is combined, for those that `fits` accepts."""
+    return branch.space, branch.scale, branch.self_conditioned
+
+
+def distinct(predictor: Predictor, gammas: Sequence[float]) -> list[Plan]:
+    """The plans of a run, each once."""
+    plans: list[Plan] = []
+    for gamma in gammas:
+        if not any(plan is predictor.plan(gamma) for plan in plans):
+            plans.append(predictor.plan(gamma))
+    return plans
