@@ -71,11 +71,13 @@ class Loop:
         inputs: Inputs,
         record: bool = True,
     ) -> None:
-        self.denoiser, self.temperature, self.inputs = predictor.denoiser, predictor.temperature, inputs
+        self.denoiser, self.network = predictor.denoiser, predictor.network
+        self.temperature, self.inputs = predictor.temperature, inputs
         self.shape = (len(inputs.seeds), predictor.run.length, self.denoiser.dim)
         plans = distinct(predictor, gammas)
         self.plan_of_step = [next(k for k, plan in enumerate(plans) if plan is predictor.plan(g)) for g in gammas]
         self.branches = [plan.branches for plan in plans]
+        self.positions = sum(1 + len(self.branches[plan]) for plan in self.plan_of_step) * math.prod(self.shape[:2])
         # Before the first step there are no predictions: its own stands in for them.
         self.rows = [row if i else Row(row.a, row.b + row.c + row.d, s=row.s) for i, row in enumerate(rows)]
         device, odds = inputs.seeds.device, math.exp(predictor.length_bias)
@@ -100,6 +102,7 @@ class Loop:
         self.table.copy_(self.denoiser.space.table())
         if self.graph is None:
             return self._steps()
+        self.network.count(self.positions, "cuda")
         self.graph.replay()
         return self.found
 
@@ -137,7 +140,7 @@ class Loop:
         plan = self.plan_of_step[i]
         given = [last, *(last if branch.self_conditioned else nothing for branch in self.branches[plan])]
         level = self.levels[i].expand(len(given) * len(z))
-        h: Tensor = self.denoiser(torch.cat([z] * len(given)), level, self.inputs.contexts[plan], torch.cat(given))
+        h = self.network(torch.cat([z] * len(given)), level, self.inputs.contexts[plan], torch.cat(given))
         scale = None
         for branch in self.branches[plan]:
             if branch.space == "logits":
@@ -172,8 +175,9 @@ class Loops:
         inputs = Inputs(seeds, quantile, contexts).padded(bucket(B))
         denoiser = predictor.denoiser
         key = (
-            id(denoiser), denoiser.dtype, denoiser.head.weight.data_ptr(), predictor.run.length, predictor.temperature,
-            predictor.length_bias, predictor.quantile is None, predictor.draw_above, tuple(rows), tuple(gammas), ends,
+            id(predictor.network.call), denoiser.dtype, denoiser.head.weight.data_ptr(), predictor.run.length,
+            predictor.temperature, predictor.length_bias, predictor.quantile is None, predictor.draw_above,
+            tuple(rows), tuple(gammas), ends,
             tuple(tuple(map(way, predictor.plan(gamma).branches)) for gamma in gammas),
             tuple(tuple(t.shape) for t in inputs.tensors()),
         )  # fmt: skip

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from embdiff import baselines, vocabulary
 from embdiff.checkpoint import CLASSIFIERS, classifier_folder
+from embdiff.compilation import Forward
 from embdiff.denoiser import Denoiser
 from embdiff.errors import UserError
 from embdiff.guidance import ClassifierFreeGuidance, Guidance
@@ -61,12 +62,16 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         fitted_schedule: config of the noise schedule that training fitted, by default the scheduler's. It decides where
             lengths are drawn, whatever scheduler is assigned, and is saved with the pipeline.
         temperature: what a call takes where it names none; `embdiff tune-steps` changes it.
+
+    compile: set it to True to compile the denoiser at once, to False never to; None = once it has worked for about a
+    minute.
     """
 
     denoiser: Denoiser
     tokenizer: PreTrainedTokenizerBase
     scheduler: Any
 
+    compile: bool | None = None
     model_cpu_offload_seq = "denoiser"
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "x0"]
 
@@ -88,6 +93,7 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
             ).config()
         self.register_to_config(fitted_schedule=dict(fitted_schedule), temperature=temperature)
         self.classifiers: dict[str, NoisyClassifier] = {}
+        self._forward: Forward | None = None
         self._loops: Loops | None = None
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
@@ -187,6 +193,7 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
             quantile=self._uniform(generators) if draw_length else None,
             draw_above=float(noise_schedule(dict(self.config.fitted_schedule)).gamma(DRAW_LENGTH_ABOVE)),
             length_bias=length_bias,
+            network=self._network(),
         )
         self._num_timesteps = len(gammas)
         if callback_on_step_end is None and (ending := self._recorded(predictor, solver, gammas, noise)) is not None:
@@ -214,6 +221,13 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
     def decode(self, sequences: Tensor) -> list[str]:
         """The texts of token ids [B, L], each up to its end of text."""
         return [vocabulary.decode(self.tokenizer, ids) for ids in sequences.tolist()]
+
+    def _network(self) -> Forward:
+        """The denoiser's forward pass, that of the denoiser in use."""
+        known = self._forward
+        if known is None or known.denoiser is not self.denoiser or known.wanted is not self.compile:
+            known = self._forward = Forward(self.denoiser, self.compile)
+        return known
 
     def _recorded(
         self, predictor: Predictor, solver: EmbeddingScheduler | ForeignScheduler, gammas: list[float], noise: Noise

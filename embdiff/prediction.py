@@ -9,13 +9,14 @@ features; the token posterior, with tilts; branches combined as means; constrain
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple, cast
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from embdiff import ops
+from embdiff.compilation import Forward
 from embdiff.denoiser import Context, Denoiser
 from embdiff.errors import UserError
 from embdiff.guidance.automaton import Automaton, Shares
@@ -43,6 +44,7 @@ class Predictor:
         temperature: of words. kept: ids of padding and the end of text, in this order; () = no tokens are kept apart.
         quantile: [B] in (0, 1), with which lengths are drawn above the noise level draw_above; None = never.
         length_bias: nats against padding and the end of text, below it.
+        network: the denoiser's forward pass, compiled or as it is.
     """
 
     def __init__(
@@ -56,8 +58,10 @@ class Predictor:
         quantile: Tensor | None = None,
         draw_above: float = -math.inf,
         length_bias: float = 0.0,
+        network: Forward | None = None,
     ) -> None:
         self.run, self.denoiser = run, run.denoiser
+        self.network = network or Forward(run.denoiser, wanted=False)
         pairs = [(module, part) for module in guidance for part in module.parts(run)]
         self.modules: list[Guidance] = [module for module, _ in pairs]
         self.parts: list[Part] = [part for _, part in pairs]
@@ -198,7 +202,7 @@ class Predictor:
         last = nothing if self_cond is None else self_cond
         own = [branch for branch in plan.branches if branch.denoiser is None]
         given = [last, *(last if branch.self_conditioned else nothing for branch in own)]
-        together = predicted(self.denoiser, torch.cat([z] * len(given)), gamma, plan.context, torch.cat(given))
+        together = predicted(self.network, torch.cat([z] * len(given)), gamma, plan.context, torch.cat(given))
         main, *shared = together.chunk(len(given))
         ready = iter(shared)
         return main, [
@@ -249,10 +253,12 @@ class Predictor:
         return kept @ self.kept_embeddings + (1 - kept.sum(-1, keepdim=True)) * mean
 
 
-def predicted(denoiser: Denoiser, z: Tensor, gamma: float, context: Context | None, self_cond: Tensor) -> Tensor:
+def predicted(
+    network: Callable[..., Tensor], z: Tensor, gamma: float, context: Context | None, self_cond: Tensor
+) -> Tensor:
     """Features at one noise level for the whole batch."""
     level = torch.full((len(z),), gamma, dtype=torch.float32, device=z.device)
-    return cast(Tensor, denoiser(z, level, context, self_cond))
+    return network(z, level, context, self_cond)
 
 
 def stacked(contexts: Sequence[Context | None]) -> Context | None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from embdiff.guidance import Guidance
     from embdiff.pipeline import TextDiffusionPipeline
 
+COMPILE_HELP = "torch.compile of the denoiser; by default once it has worked for about a minute."
 SOLVERS = "ddim, ddpm, renoise, euler, euler-a, heun, churn, dpm++, dpm++3m, dpm++sde, dpm++3m-sde or unipc"
 GUIDANCE_HELP = "A module with its options, as length:words=12 or lexical:include=cheap pub|riverside; several times."
 UNITS = {"s": 1, "m": 60, "h": 3600}
@@ -132,14 +133,17 @@ def dtype(name: str, chosen: torch.device) -> torch.dtype:
     return names[name]
 
 
-def load_pipeline(model: str, device_name: str = "cpu", dtype_name: str = "fp32") -> TextDiffusionPipeline:
-    """The pipeline in a local folder or on the hub, on a device."""
+def load_pipeline(
+    model: str, device_name: str = "cpu", dtype_name: str = "fp32", compile: bool | None = None
+) -> TextDiffusionPipeline:
+    """The pipeline in a local folder or on the hub, on a device; compile: None = once it pays."""
     from embdiff.pipeline import load
 
     chosen = device(device_name)
     pipe = load(model)
     pipe.to(chosen, dtype(dtype_name, chosen))
     pipe.set_progress_bar_config(disable=True)
+    pipe.compile = compile
     return pipe
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from embdiff.cli.common import (
+    COMPILE_HELP,
     GUIDANCE_HELP,
     SOLVERS,
     check_counts,
@@ -61,6 +62,7 @@ def eval_control(
     batch_size: int = typer.Option(50, help="Texts at a time; samples do not depend on it."),
     device: str = typer.Option("auto", help="cpu, cuda or auto."),
     dtype: str = typer.Option("fp32", help="fp32, bf16 or auto."),
+    compile: bool | None = typer.Option(None, help=COMPILE_HELP),
     as_json: bool = typer.Option(False, "--json", help="Print JSON in place of a table."),
     output: Path | None = typer.Option(None, "--output", "-o", help="Also write the JSON here."),
     overwrite: bool = typer.Option(False, help="Replace --output."),
@@ -80,7 +82,7 @@ def eval_control(
     quiet()
     from embdiff.evaluation.control import Sampling, cost, outcome
 
-    pipe = load_pipeline(model, device, dtype)
+    pipe = load_pipeline(model, device, dtype, compile)
     set_scheduler(pipe, scheduler)
     valid, train, _ = real_texts(model, data, judge_data, needed=True)
     scorer = None if scorer_data is None else new_scorer(scorer_data, text_column, label_column, seed)

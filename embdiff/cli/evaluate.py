@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from embdiff.cli.common import (
+    COMPILE_HELP,
     GUIDANCE_HELP,
     SOLVERS,
     check_output,
@@ -60,6 +61,7 @@ def evaluate(
     batch_size: int = typer.Option(50, help="Texts at a time; samples do not depend on it."),
     device: str = typer.Option("auto", help="cpu, cuda or auto."),
     dtype: str = typer.Option("fp32", help="fp32, bf16, or auto; likelihoods deserve fp32."),
+    compile: bool | None = typer.Option(None, help=COMPILE_HELP),
     as_json: bool = typer.Option(False, "--json", help="Print JSON in place of tables."),
     output: Path | None = typer.Option(None, "--output", "-o", help="Also write the JSON, with all samples, here."),
     overwrite: bool = typer.Option(False, help="Replace --output."),
@@ -80,7 +82,7 @@ def evaluate(
     protocol = report.Protocol(
         samples, steps, seed, batch_size, mbr, lowercase, bound, flow_texts=flow, options=options
     )
-    pipe = load_pipeline(model, device, dtype)
+    pipe = load_pipeline(model, device, dtype, compile)
     set_scheduler(pipe, scheduler)
     valid, train, again = real_texts(model, data, judge_data, needed=samples > 0)
     answers = None if references is None else read_references(model, references)

@@ -8,7 +8,15 @@ from typing import Any
 
 import typer
 
-from embdiff.cli.common import check_counts, check_output, check_seed, check_temperature, load_pipeline, quiet
+from embdiff.cli.common import (
+    COMPILE_HELP,
+    check_counts,
+    check_output,
+    check_seed,
+    check_temperature,
+    load_pipeline,
+    quiet,
+)
 from embdiff.cli.evaluate import named_judges, real_texts
 from embdiff.errors import UserError
 
@@ -30,6 +38,7 @@ def frontier(
     batch_size: int = typer.Option(50, help="Texts at a time; samples do not depend on it."),
     device: str = typer.Option("auto", help="cpu, cuda or auto."),
     dtype: str = typer.Option("auto", help="fp32, bf16, or auto: the faster one on this device."),
+    compile: bool | None = typer.Option(None, help=COMPILE_HELP),
     picture: Path = typer.Option(Path("frontier.svg"), help="Where the picture goes: svg, png or pdf."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON in place of a table."),
     overwrite: bool = typer.Option(False, help="Replace --picture."),
@@ -52,7 +61,7 @@ def frontier(
     for name in solver:
         if name != "own":
             scheduler_class(name)
-    pipe = load_pipeline(model, device, dtype)
+    pipe = load_pipeline(model, device, dtype, compile)
     valid, train, _ = real_texts(model, data, judge_data)
     (judged,) = named_judges([judge], pipe, train)
     if len(valid) < samples:

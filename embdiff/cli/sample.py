@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from embdiff.cli.common import (
+    COMPILE_HELP,
     GUIDANCE_HELP,
     SOLVERS,
     check_counts,
@@ -81,6 +82,7 @@ def sample(
     batch_size: int = typer.Option(32, help="Samples drawn at a time; texts do not depend on it."),
     device: str = typer.Option("auto", help="cpu, cuda or auto."),
     dtype: str = typer.Option("auto", help="fp32, bf16, or auto: the faster one on this device."),
+    compile: bool | None = typer.Option(None, help=COMPILE_HELP),
     as_json: bool = typer.Option(False, "--json", help="One JSON object a line."),
     show_steps: bool = typer.Option(False, help="Show the text forming, step by step."),
     output: Path | None = typer.Option(None, "--output", "-o", help="Write to this file, one sample a line."),
@@ -109,7 +111,7 @@ def sample(
     as_json = as_json or (output is not None and output.suffix == ".jsonl")
 
     quiet()
-    pipe = load_pipeline(model, device, dtype)
+    pipe = load_pipeline(model, device, dtype, compile)
     from embdiff.guidance import ClassifierFreeGuidance
 
     set_scheduler(pipe, scheduler, noise_schedule)
