@@ -1,0 +1,179 @@
+"""What speed is compared with: other people's loops around the same network, and autoregressive models of its size.
+
+Each peer is written as its kind is commonly written, without anything that slows it down on purpose:
+
+    naive            a diffusers loop: fp32, eager, whole logits, the scheduler's own step, guidance by a second pass
+    diffusion_lm     Diffusion-LM's: the same over 200 steps, each prediction moved to its nearest embedding
+    generate         transformers' `generate` with a GPT-2
+    tight            a KV-cache loop by hand: one buffer of keys and values, nothing else kept or copied
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from embdiff.batches import Prompts
+from embdiff.denoiser import Denoiser
+
+
+@dataclass(frozen=True)
+class Naive:
+    """Samples by a diffusers scheduler that is given x0.
+
+    prompts: seen at every step anew, since nothing keeps their keys and values. scale: of guidance, 1 = one pass.
+    """
+
+    denoiser: Denoiser
+    prompts: Prompts | None = None
+    scale: float = 1.0
+
+    @torch.no_grad()
+    def __call__(self, batch: int, length: int, steps: int, to_nearest: bool = False) -> Tensor:
+        """Token ids [B, L]."""
+        device = self.denoiser.device
+        scheduler = diffusers.DDPMScheduler(
+            1000, beta_schedule="squaredcos_cap_v2", prediction_type="sample", clip_sample=False
+        )
+        scheduler.set_timesteps(steps, device=device)
+        table = self.denoiser.space.table()
+        z = torch.randn(batch, length, self.denoiser.dim, device=device)
+        x0 = torch.zeros_like(z)
+        for t in scheduler.timesteps:
+            kept = scheduler.alphas_cumprod[t]
+            gamma = torch.log((1 - kept) / kept).to(device).expand(batch).float()
+            found = self.predict(z, gamma, x0, table, True)
+            if self.scale != 1.0:
+                other = self.predict(z, gamma, x0, table, False)
+                found = other + self.scale * (found - other)
+            x0 = table[torch.cdist(found.flatten(0, 1), table).argmin(-1)].view_as(z) if to_nearest else found
+            z = scheduler.step(x0, t, z).prev_sample
+        ids: Tensor = torch.cdist(z.flatten(0, 1), table).argmin(-1).view(batch, length)
+        return ids
+
+    def predict(self, z: Tensor, gamma: Tensor, x0: Tensor, table: Tensor, prompted: bool) -> Tensor:
+        """softmax(logits) E, with the prompt in front of the text in one joint pass."""
+        if self.prompts is None:
+            return self.denoiser.logits(self.denoiser(z, gamma, None, x0)).softmax(-1) @ table
+        words = self.denoiser.space.embed(self.prompts.ids)
+        C, L = words.shape[1], z.shape[1]
+        known = F.pad(torch.ones_like(self.prompts.present), (0, L))
+        present = F.pad(self.prompts.present & prompted, (0, L), value=True)
+        text = torch.arange(L, device=z.device).expand(len(z), L)
+        h = self.denoiser(
+            torch.cat([words, z], 1), gamma, None, F.pad(x0, (0, 0, C, 0)),
+            known=known, present=present, positions=torch.cat([self.prompts.positions, text], 1),
+        )  # fmt: skip
+        return self.denoiser.logits(h[:, C:]).softmax(-1) @ table
+
+
+def generate(
+    size: dict[str, int], vocabulary: int, length: int, dtype: torch.dtype, device: torch.device, static: bool
+) -> Callable[[int], Tensor]:
+    """transformers' `generate` of exactly `length` tokens with a GPT-2. static: with its static cache, compiled."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=vocabulary, n_positions=length + 1, n_embd=size["width"], n_layer=size["depth"],
+        n_head=size["heads"], bos_token_id=1, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config).to(device, dtype).eval()
+    options: dict[str, Any] = {"cache_implementation": "static"} if static else {}
+
+    def run(batch: int) -> Tensor:
+        start = torch.ones(batch, 1, dtype=torch.long, device=device)
+        with torch.no_grad():
+            ids: Tensor = model.generate(
+                start, attention_mask=start, do_sample=True, top_k=0, min_new_tokens=length, max_new_tokens=length,
+                **options,
+            )  # fmt: skip
+        return ids
+
+    return run
+
+
+class Tight(nn.Module):
+    """A Llama-like decoder with one buffer of keys and values for all layers."""
+
+    def __init__(self, size: dict[str, int], vocabulary: int, length: int, batch: int) -> None:
+        super().__init__()
+        W, self.depth, self.heads = size["width"], size["depth"], size["heads"]
+        head = W // self.heads
+
+        def weight(rows: int, columns: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(rows, columns) * columns**-0.5)
+
+        self.embeddings = weight(vocabulary, W)
+        self.qkv = nn.ParameterList([weight(3 * W, W) for _ in range(self.depth)])
+        self.out = nn.ParameterList([weight(W, W) for _ in range(self.depth)])
+        self.up = nn.ParameterList([weight(4 * W, W) for _ in range(self.depth)])
+        self.down = nn.ParameterList([weight(W, 4 * W) for _ in range(self.depth)])
+        rate = 10000.0 ** -(torch.arange(0, head, 2) / head)
+        angle = torch.arange(length)[:, None] * rate
+        self.register_buffer("cos", angle.cos())
+        self.register_buffer("sin", angle.sin())
+        self.register_buffer("past", torch.zeros(self.depth, 2, batch, self.heads, length, head))
+
+    def step(self, ids: Tensor, position: int) -> Tensor:
+        """The tokens [B] that follow ids [B], the ones at a position."""
+        x = F.embedding(ids, self.embeddings)
+        B, W = x.shape
+        cos, sin = self.cos[position], self.sin[position]
+        for i in range(self.depth):
+            q, k, v = F.linear(F.rms_norm(x, (W,)), self.qkv[i]).view(B, 3, self.heads, -1).unbind(1)
+            self.past[i, 0, :, :, position] = turned(k, cos, sin)
+            self.past[i, 1, :, :, position] = v
+            keys, values = self.past[i, :, :, :, : position + 1]
+            a = F.scaled_dot_product_attention(turned(q, cos, sin)[:, :, None], keys, values)
+            x = x + F.linear(a.reshape(B, W), self.out[i])
+            x = x + F.linear(F.relu(F.linear(F.rms_norm(x, (W,)), self.up[i])).square(), self.down[i])
+        logits = F.linear(F.rms_norm(x, (W,)), self.embeddings).float()
+        # The largest of logits with Gumbel noise is a draw from their softmax.
+        drawn: Tensor = (logits - torch.empty_like(logits).exponential_().log_()).argmax(-1)
+        return drawn
+
+    @torch.no_grad()
+    def forward(self, batch: int) -> Tensor:
+        """Token ids [B, L]."""
+        ids = torch.ones(batch, dtype=torch.long, device=self.embeddings.device)
+        found = []
+        for position in range(self.past.shape[-2]):
+            ids = self.step(ids, position)
+            found.append(ids)
+        return torch.stack(found, 1)
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [B, H, d] by rotary angles [d / 2]."""
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+def flops(size: dict[str, int], vocabulary: int, length: int) -> float:
+    """Multiplications and additions of one evaluation of the denoiser with its posterior mean, for each position."""
+    W, D = size["width"], size["dim"]
+    blocks = size["depth"] * (2 * 12 * W * W + 4 * length * W)
+    return blocks + 2 * vocabulary * (W + D) + 2 * vocabulary * D + 4 * W * D
+
+
+def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Multiplications and additions a second of a large matrix product: the best of some."""
+    import time
+
+    n = 8192 if device.type == "cuda" else 1536
+    a, b = torch.randn(n, n, device=device).to(dtype), torch.randn(n, n, device=device).to(dtype)
+    best = math.inf
+    for _ in range(7):
+        start = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best

@@ -1,0 +1,298 @@
+"""Sampling speed: ours, the same network in other loops, and autoregressive models of its size, in one run.
+
+    python benchmarks/speed.py                                          what fits the machine: minutes to hours
+    python benchmarks/speed.py --size mini --batch 1 --length 64 --steps 8
+
+Weights are random: speed doesn't depend on them. Every peer makes B texts of exactly L tokens, all of which count, as
+ids; ours may make shorter texts too, so its lengths are not drawn and all of its positions count. Sizes are about 5M,
+30M and 125M parameters (small, medium, base); vocabularies are 8,192 words, or 50,257 for base.
+
+Protocol: each cell is warmed up, then all cells of one size, batch and length take turns, and medians are
+compared, since machines are shared. Cells whose arithmetic alone would take longer than --longest are left out, and
+said to be. `parts` says where a step's time goes; its matrix rate is the best of a large product in the same precision.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import typer
+from common import write
+from peers import Naive, Tight, flops, generate, matrix_rate
+
+from embdiff import ops, vocabulary
+from embdiff.baselines import MaskedModel
+from embdiff.batches import Prompts
+from embdiff.cli.common import quiet
+from embdiff.denoiser import SIZES, Denoiser
+from embdiff.guidance import ClassifierFreeGuidance
+from embdiff.noise import GumbelSchedule
+from embdiff.pipeline import TextDiffusionPipeline
+from embdiff.prediction import Predictor
+from embdiff.schedulers import RenoiseScheduler
+
+VOCABULARY = {"base": 50_257}
+PROMPT = " ".join(f"w{i}" for i in range(16))
+LM_STEPS = 200
+
+
+class Cell(NamedTuple):
+    """One measured thing. work: arithmetic of a run, as far as it is known; steps: 0 where there are none."""
+
+    name: str
+    steps: int
+    run: Callable[[], object]
+    work: float
+
+
+def main(
+    size: list[str] = typer.Option(["small", "medium", "base"], help="Of the networks."),
+    batch: list[int] = typer.Option([1, 16, 64], help="Texts at a time."),
+    length: list[int] = typer.Option([64, 256, 1024], help="Tokens of a text."),
+    steps: list[int] = typer.Option([2, 4, 8, 16, 32], help="Evaluations of ours and of masked diffusion."),
+    rounds: int = typer.Option(5, help="Of which medians are taken."),
+    longest: float = typer.Option(20.0, help="Seconds of arithmetic that a cell may take."),
+    compile: bool = typer.Option(True, help="Compile ours, and transformers' static cache."),
+    dtype: str = typer.Option("auto", help="auto, fp32 or bf16; of ours and of the autoregressive models."),
+    results: Path = typer.Option(Path("benchmarks/results/speed.json"), help="Where the figures go."),
+) -> None:
+    """Prints and writes one table, and draws it."""
+    quiet()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(dtype) or ops.fast_dtype(device.type)
+    rate, plain_rate = matrix_rate(kind, device), matrix_rate(torch.float32, device)
+    figures: dict[str, Any] = {
+        "dtype": str(kind), "matrix_rate": rate, "matrix_rate_fp32": plain_rate, "cells": [], "parts": [],
+        "left_out": [],
+    }  # fmt: skip
+    for name in size:
+        words = VOCABULARY.get(name, 8192)
+        for texts in batch:
+            for tokens in length:
+                pipe = pipeline(name, words, tokens, device, kind, compile)
+                place, cells = {"size": name, "batch": texts, "length": tokens}, list[Cell]()
+                for cell in contestants(pipe, name, words, texts, tokens, steps, kind, compile):
+                    slow = cell.work / (plain_rate if cell.name.startswith(("naive", "diffusion-lm")) else rate)
+                    if slow <= longest:
+                        cells.append(cell)
+                    else:
+                        figures["left_out"].append(place | {"name": cell.name, "steps": cell.steps})
+                medians = timed([cell.run for cell in cells], rounds)
+                for cell, seconds in zip(cells, medians, strict=True):
+                    what = {"name": cell.name, "steps": cell.steps, "seconds": seconds}
+                    figures["cells"].append(place | what | {"tokens_per_second": texts * tokens / seconds})
+                figures["parts"].append(
+                    {"size": name, "batch": texts, "length": tokens}
+                    | parts(pipe, name, words, texts, tokens, rate, rounds)
+                )
+                write(results, figures)
+    figures["ratios"] = ratios(figures["cells"])
+    figures["memory"] = memory()
+    write(results, figures)
+    draw(figures["cells"], results.with_suffix(".svg"))
+
+
+def pipeline(
+    size: str, words: int, length: int, device: torch.device, dtype: torch.dtype, compile: bool
+) -> TextDiffusionPipeline:
+    """Ours, with random weights."""
+    torch.manual_seed(0)
+    tokenizer = vocabulary.train_word([" ".join(f"w{i}" for i in range(words - 4))], min_count=1)
+    denoiser = Denoiser(len(tokenizer), max_length=length, max_prompt_length=16, **SIZES[size])
+    schedule = GumbelSchedule.initial(denoiser.dim, len(tokenizer)).config()
+    pipe = TextDiffusionPipeline(denoiser, tokenizer, RenoiseScheduler(noise_schedule=schedule))
+    pipe.set_progress_bar_config(disable=True)
+    pipe.to(device, dtype)
+    pipe.compile = compile
+    return pipe
+
+
+def contestants(
+    pipe: TextDiffusionPipeline,
+    size: str,
+    words: int,
+    batch: int,
+    length: int,
+    steps: list[int],
+    dtype: torch.dtype,
+    compile: bool,
+) -> Iterator[Cell]:
+    """Everything that makes `batch` texts of `length` tokens."""
+    device = pipe.device
+    work = flops(SIZES[size], words, length) * batch * length
+    plain = Denoiser(words, max_length=length, max_prompt_length=16, **SIZES[size]).to(device).eval()
+    prompts = Prompts.tokenized(pipe.tokenizer, [PROMPT] * batch, 16).to(device)
+    masked = MaskedModel(words, SIZES[size]["width"], SIZES[size]["depth"], SIZES[size]["heads"], length)
+    masked = masked.to(device, dtype).eval()
+    naive, guided = Naive(plain), Naive(plain, prompts, 2.0)
+    half = ClassifierFreeGuidance(2.0, max_gamma=middle(pipe))
+
+    def ours(n: int, prompt: str | None = None, **options: Any) -> Callable[[], object]:
+        generator = torch.Generator().manual_seed(0)
+        return lambda: pipe(
+            prompt, num_samples=batch, num_inference_steps=n, draw_length=False, output_type="seq",
+            generator=generator, **options,
+        )  # fmt: skip
+
+    for n in steps:
+        yield Cell("ours", n, ours(n), n * work)
+        yield Cell("naive", n, lambda n=n: naive(batch, length, n), n * work)
+        yield Cell("masked", n, lambda n=n: masked.sample(generators(batch), steps=n), n * work)
+        yield Cell("ours, prompt", n, ours(n, PROMPT), n * work)
+        yield Cell("ours, CFG", n, ours(n, PROMPT, guidance_scale=2.0), 2 * n * work)
+        yield Cell("ours, CFG in half of the steps", n, ours(n, PROMPT, guidance=[half]), 1.5 * n * work)
+        yield Cell("naive, CFG", n, lambda n=n: guided(batch, length, n), 2 * n * work)
+    yield Cell("diffusion-lm", LM_STEPS, lambda: naive(batch, length, LM_STEPS, to_nearest=True), LM_STEPS * work)
+    for static in (False, True) if compile else (False,):
+        gpt = generate(SIZES[size], words, length, dtype, device, static)
+        yield Cell(f"generate, {'static' if static else 'dynamic'} cache", 0, lambda gpt=gpt: gpt(batch), work)
+    tight = Tight(SIZES[size], words, length, batch).to(device, dtype).eval()
+    if device.type == "cuda" and compile:
+        tight.step = torch.compile(tight.step, mode="reduce-overhead", dynamic=True)
+    yield Cell("tight", 0, lambda: tight(batch), work)
+
+
+def generators(count: int) -> list[torch.Generator]:
+    """One for each text."""
+    return [torch.Generator().manual_seed(seed) for seed in range(count)]
+
+
+def middle(pipe: TextDiffusionPipeline) -> float:
+    """The noise level in the middle of the steps."""
+    return float(pipe.scheduler.noise_schedule.gamma(0.5))
+
+
+def timed(runs: list[Callable[[], object]], rounds: int) -> list[float]:
+    """Median seconds of each; they take turns, after one turn to warm up."""
+
+    def seconds(run: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    for run in runs:
+        run()
+        run()
+    turns = [[seconds(run) for run in runs] for _ in range(rounds)]
+    return [statistics.median(column) for column in zip(*turns, strict=True)]
+
+
+@torch.no_grad()
+def parts(
+    pipe: TextDiffusionPipeline,
+    size: str,
+    words: int,
+    batch: int,
+    length: int,
+    rate: float,
+    rounds: int,
+    steps: int = 8,
+) -> dict[str, float]:
+    """Shares of a run of ours: the network, the posterior mean, and the rest, which is the sampler; and of the rate."""
+    D, device = pipe.denoiser.dim, pipe.device
+    z, last = (torch.randn(batch, length, D, device=device) for _ in range(2))
+    network = pipe._network()
+    h = network(z, torch.zeros(batch, device=device), None, last)
+    predictor = Predictor(pipe._run([None], None, batch, length), network=network)
+    weight = next(iter(predictor.weights.values()))
+    whole, forward, mean = timed(
+        [
+            lambda: pipe(num_samples=batch, num_inference_steps=steps, draw_length=False, output_type="seq"),
+            lambda: network(z, torch.zeros(batch, device=device), None, last),
+            lambda: ops.expectation(h, weight, predictor.table, 0.76, (0, 2)),
+        ],
+        2 * rounds,
+    )
+    work = flops(SIZES[size], words, length) * batch * length
+    return {
+        "step": whole / steps, "network": forward * steps / whole, "posterior": mean * steps / whole,
+        "sampler": 1 - (forward + mean) * steps / whole,
+        "of_matrix_rate_in_the_denoiser": work / (forward + mean) / rate, "of_matrix_rate": work * steps / whole / rate,
+    }  # fmt: skip
+
+
+def ratios(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How many times faster ours is, with as many steps where the other has steps."""
+    found = []
+    for cell in cells:
+        place = {key: cell[key] for key in ("size", "batch", "length")}
+        if cell["name"].startswith("ours, CFG"):
+            other, base = cell, next((c for c in cells if place.items() <= c.items() and c["name"] == "ours, prompt"
+                                      and c["steps"] == cell["steps"]), None)  # fmt: skip
+            if base:
+                found.append(place | {"what": f"{cell['name']} / ours, prompt", "steps": cell["steps"],
+                                      "ratio": other["seconds"] / base["seconds"]})  # fmt: skip
+        if cell["name"] in ("ours", "ours, CFG"):
+            for other in cells:
+                peer = other["name"]
+                same = place.items() <= other.items() and not peer.startswith("ours")
+                alike = other["steps"] in (0, LM_STEPS, cell["steps"])
+                if same and alike and ("CFG" in peer) == ("CFG" in cell["name"]):
+                    found.append(place | {"what": f"{peer} / {cell['name']}", "steps": cell["steps"],
+                                          "ratio": other["seconds"] / cell["seconds"]})  # fmt: skip
+    return [row | {"ratio": round(row["ratio"], 2)} for row in found]
+
+
+MEMORY = """
+import sys, torch
+from pathlib import Path
+from embdiff import ops
+device = "cuda" if torch.cuda.is_available() else "cpu"
+h, w, e = (torch.randn(shape, device=device) for shape in ((64, 64, 256), (32768, 256), (32768, 64)))
+def status(name):
+    return 1024 * int(next(x for x in Path("/proc/self/status").read_text().splitlines() if name in x).split()[1])
+if device == "cpu":
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+before = torch.cuda.memory_allocated() if device == "cuda" else status("VmRSS")
+with torch.no_grad():
+    (ops.expectation if sys.argv[1] == "ours" else ops.expectation_reference)(h, w, e, 0.76, (0, 2))
+print((torch.cuda.max_memory_allocated() if device == "cuda" else status("VmHWM")) - before)
+"""
+
+
+def memory() -> dict[str, float]:
+    """Peak MiB of a posterior mean at [64, 64] positions and 32,768 words, by ours and with whole logits."""
+    ours, whole = (
+        int(subprocess.run([sys.executable, "-c", MEMORY, who], capture_output=True, text=True, check=True).stdout)
+        for who in ("ours", "whole")
+    )
+    return {"ours": round(ours / 2**20), "whole": round(whole / 2**20), "ratio": round(ours / whole, 3)}
+
+
+def draw(cells: list[dict[str, Any]], path: Path) -> None:
+    """Tokens a second against steps and against length, for the largest network, one text at a time."""
+    import matplotlib.pyplot as plt
+
+    size, batch = cells[-1]["size"], min(cell["batch"] for cell in cells)
+    mine = [cell for cell in cells if cell["size"] == size and cell["batch"] == batch and "CFG" not in cell["name"]]
+    shortest = min(cell["length"] for cell in mine)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    for name in dict.fromkeys(cell["name"] for cell in mine):
+        own = [cell for cell in mine if cell["name"] == name]
+        at = [cell for cell in own if cell["length"] == shortest]
+        if at and at[0]["steps"] in (0, LM_STEPS):
+            left.axhline(at[0]["tokens_per_second"], linestyle=":", color="grey")
+            left.text(2, at[0]["tokens_per_second"], name, fontsize=7, va="bottom")
+        else:
+            left.plot([c["steps"] for c in at], [c["tokens_per_second"] for c in at], marker="o", label=name)
+        long = [cell for cell in own if cell["steps"] in (0, 8, LM_STEPS)]
+        right.plot([c["length"] for c in long], [c["tokens_per_second"] for c in long], marker="o", label=name)
+    for axis, label in ((left, f"steps, {shortest} tokens"), (right, "tokens, 8 steps")):
+        axis.set(xscale="log", yscale="log", xlabel=label, title=f"{size}, {batch} at a time")
+    left.set_ylabel("tokens a second")
+    right.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    typer.run(main)
