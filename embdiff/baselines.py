@@ -38,7 +38,7 @@ FOLDER = "model"  # where a run keeps its baseline
 class Baseline(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Token embeddings of width W, the blocks, and prompts as context. Abstract."""
 
-    _supports_gradient_checkpointing = False
+    _supports_gradient_checkpointing = True
 
     def __init__(self, vocab_size: int, width: int, depth: int, heads: int) -> None:
         super().__init__()

@@ -71,6 +71,7 @@ class TrainConfig:
 
     dtype: str = "auto"
     compile: bool | None = None
+    gradient_checkpointing: bool = False
 
     save_every: int = 500
     keep: int = 2

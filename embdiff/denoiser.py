@@ -13,7 +13,9 @@ noise schedule and solver.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, cast
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -101,7 +103,7 @@ class Denoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]
         condition_width: of the vector that carries gamma to every layer.
     """
 
-    _supports_gradient_checkpointing = False
+    _supports_gradient_checkpointing = True
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
@@ -246,6 +248,7 @@ class Block(nn.Module):
         if heads < 1 or width % (2 * heads):
             raise UserError(f"width {width} with {heads} heads: each head needs the same even number of dimensions")
         self.heads, self.head_width = heads, width // heads
+        self.gradient_checkpointing = False  # set by diffusers' `enable_gradient_checkpointing`
         self.modulation = nn.Linear(condition_width, 6 * width, bias=False)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.attention_out = nn.Linear(width, width, bias=False)
@@ -294,7 +297,10 @@ def through_blocks(
     keys, values = [], []
     for i, block in enumerate(blocks):
         past = None if context is None else (context.keys[i], context.values[i])
-        x, k, v = block(x, condition, rotation, mask, past)
+        call: Callable[..., Any] = block
+        if cast(Block, block).gradient_checkpointing and torch.is_grad_enabled():
+            call = partial(cast(Any, block)._gradient_checkpointing_func, block)
+        x, k, v = call(x, condition, rotation, mask, past)
         keys.append(k)
         values.append(v)
     shift, scale = condition.through(final).chunk(2, -1)

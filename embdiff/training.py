@@ -232,6 +232,8 @@ class Trainer:
         self.data_hash = self.train_set.fingerprint()
         self.objective = self._new_objective()
         self.model = self.objective.model.to(self.device)
+        if config.gradient_checkpointing:
+            self.model.enable_gradient_checkpointing()
         self.window = Window.fitting(self.train_set, 0.0 if self.objective.whole else config.window)
         self.dtype = self._dtype()
         self.names = {p: name for name, p in self.model.named_parameters()}

@@ -135,3 +135,24 @@ def test_save_and_load_keep_every_weight(model, tmp_path):
     for (name, p), (other, q) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
         assert name == other
         assert torch.equal(p, q)
+
+
+def test_gradient_checkpointing_changes_no_gradient_and_keeps_less(model):
+    prompt, present, positions, z, gamma, self_cond = draw(0)
+    found = []
+    for turn in (model.enable_gradient_checkpointing, model.disable_gradient_checkpointing):
+        turn()
+        kept = [0]
+
+        def pack(tensor, kept=kept):
+            kept[0] += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            h = model(z, gamma, model.encode_context(prompt, present, positions), self_cond)
+        model.zero_grad()
+        h.square().sum().backward()
+        found.append((kept[0], [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+    (less, recomputed), (more, plain) = found
+    assert less < 0.5 * more
+    assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(recomputed, plain, strict=True))

@@ -62,6 +62,9 @@ def train(
     drop_prompt: float | None = typer.Option(None, help="Share of prompts dropped, for guidance."),
     dtype: str | None = typer.Option(None, help="auto, bf16 or fp32."),
     compile: bool | None = typer.Option(None, help="torch.compile; by default for runs that it pays for."),
+    gradient_checkpointing: bool | None = typer.Option(
+        None, help="Compute activations again in the backward pass: a third slower, for long texts that don't fit."
+    ),
     save_every: int | None = typer.Option(None, help="Steps between checkpoints."),
     validate_every: int | None = typer.Option(None, help="Steps between validations."),
     seed: int | None = typer.Option(None, help="Seed of everything random."),
