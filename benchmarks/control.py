@@ -42,6 +42,7 @@ from embdiff.pipeline import TextDiffusionPipeline
 
 app = typer.Typer(add_completion=False)
 FRIENDLY = "family friendly"
+WORDS = 12  # of a text, where its length is given
 
 
 @app.command()
@@ -56,6 +57,7 @@ def e2e(
     solver: str | None = typer.Option(None, help="By default the model's own scheduler."),
     strength: float = typer.Option(5.0, help="Of classifier guidance."),
     classifier_steps: int = typer.Option(4000, help="Training steps of the classifier."),
+    rounds: int = typer.Option(5, help="Of timing."),
     results: Path = typer.Option(Path("benchmarks/results/control_e2e.json"), help="Where the figures go."),
 ) -> None:
     """Length, lexical and semantic control on the unconditional model."""
@@ -83,8 +85,8 @@ def e2e(
     unguided = sampling.draw(pipe, [None] * plain, 10**6)
     figures: dict[str, Any] = {"steps": steps, "strength": strength, "labels": len(asked), "controls": {}}
     for name, trials in demands.items():
-        found = outcome(name, pipe, trials, unguided, judges, sampling)
-        figures["controls"][name] = row(found) | {"cost": round(cost(pipe, trials[0], sampling), 3)}
+        found = outcome(name, trials, control.draw_trials(pipe, trials, sampling), unguided, judges)
+        figures["controls"][name] = row(found) | {"cost": round(cost(pipe, trials[0], sampling, rounds), 3)}
         write(results, figures)
 
 
@@ -99,44 +101,53 @@ def toxicity(
     samples: int = typer.Option(1000, help="Texts of each setting."),
     steps: int = typer.Option(32, help="Denoising steps."),
     strength: list[float] = typer.Option([3.0, 10.0, 30.0], help="Of classifier guidance."),
+    classifier_steps: int = typer.Option(4000, help="Training steps of the classifier."),
+    rounds: int = typer.Option(5, help="Of timing."),
     results: Path = typer.Option(Path("benchmarks/results/control_toxicity.json"), help="Where the figures go."),
 ) -> None:
-    """Away from toxicity, alone and together with exact length, on a model of toxic and neutral lines."""
+    """Away from toxicity, alone and together with a prompt and an exact length, on a model of toxic and neutral lines.
+
+    The model is trained with the first words of a line as its prompt, dropped in half of the lines.
+    """
     rows = paradetox_rows(paradetox)
     output.mkdir(parents=True, exist_ok=True)
     lines = output.parent / f"{output.name}-texts.txt"
-    lines.write_text("\n".join(example.text for example in rows) + "\n")
+    lines.write_text("\n".join(f"{opening(example.text)}||{example.text}" for example in rows) + "\n")
     config = TrainConfig(
-        data=str(lines), tokenizer="bpe", vocab_size=4096, size="small", max_length=48, batch_size=32, infill=0.0,
-        save_every=200, previews=0, max_steps=max_steps, max_time=None if max_steps else seconds(max_time),
+        data=str(lines), separator="||", tokenizer="bpe", vocab_size=4096, size="small", max_length=48,
+        max_prompt_length=16, drop_prompt=0.5, batch_size=32, infill=0.0, save_every=200, previews=0,
+        max_steps=max_steps, max_time=None if max_steps else seconds(max_time),
     )  # fmt: skip
     pipe = trained(output, config)
-    ensure_classifier(pipe, output, "toxicity", rows, ClassifierConfig(4000))
+    ensure_classifier(pipe, output, "toxicity", rows, ClassifierConfig(classifier_steps))
     judge = NGramJudge([example.text for example in rows])
     scorer = Scorer(*zip(*davidson_rows(davidson), strict=True))
     sampling, plain = Sampling(steps), Sampling(steps).draw(pipe, [None] * samples, 10**6)
+    words, away = Length(words=WORDS, complete=False), Toxicity(strength[-1], lexicon=str(lexicon))
+    prompts = sorted({opening(example.text) for example in rows[:: len(rows) // 40]})[:40]
+    settings: dict[str, tuple[list[Guidance], Sequence[str | None]]] = {
+        **{f"classifier {s:g}": ([Toxicity(s)], [None]) for s in strength},
+        "lexicon": ([Toxicity(0.0, lexicon=str(lexicon))], [None]),
+        **{f"classifier {s:g} and lexicon": ([Toxicity(s, lexicon=str(lexicon))], [None]) for s in strength},
+        "length": ([words], [None]),
+        "classifier, lexicon and length": ([away, words], [None]),
+        "prompt": ([], prompts),
+        "prompt with CFG": ([ClassifierFreeGuidance(2.0)], prompts),
+        "prompt with CFG, classifier, lexicon and length": ([ClassifierFreeGuidance(2.0), away, words], prompts),
+    }
     figures: dict[str, Any] = {
         "steps": steps, "training": training_facts(output, pipe.denoiser),
-        "unguided": toxic_shares(plain, scorer, lexicon), "settings": {},
+        "unguided": shares(plain, scorer, lexicon), "settings": {},
     }  # fmt: skip
-    settings: dict[str, list[Guidance]] = {
-        **{f"classifier {s:g}": [Toxicity(s)] for s in strength},
-        "lexicon": [Toxicity(0.0, lexicon=str(lexicon))],
-        **{f"classifier {s:g} and lexicon": [Toxicity(s, lexicon=str(lexicon))] for s in strength},
-        "all, 12 words exactly": [Toxicity(strength[-1], lexicon=str(lexicon)), Length(words=12, complete=False)],
-    }
-    for name, modules in settings.items():
-        kept: list[str] = []
-
-        def check(text: str, kept: list[str] = kept) -> bool:
-            kept.append(text)
-            return len(text.split()) == 12
-
-        trial = Trial(modules, check, samples)
-        found = outcome(name, pipe, [trial], plain, [judge], sampling)
-        # `success` and `by_chance` are of twelve words here.
-        figures["settings"][name] = row(found) | toxic_shares(kept[:samples], scorer, lexicon)
-        figures["settings"][name]["cost"] = round(cost(pipe, Trial(modules, bool, 1), sampling), 3)
+    for name, (modules, asked) in settings.items():
+        # Success: a text begins with its prompt.
+        trials = [
+            Trial(modules, begins_with(prompt) if prompt else bool, samples // len(asked), prompt) for prompt in asked
+        ]
+        drawn = control.draw_trials(pipe, trials, sampling)
+        figures["settings"][name] = row(outcome(name, trials, drawn, plain, [judge]))
+        figures["settings"][name] |= shares([text for part in drawn for text in part], scorer, lexicon)
+        figures["settings"][name]["cost"] = round(cost(pipe, trials[0], sampling, rounds), 3)
         write(results, figures)
 
 
@@ -236,12 +247,23 @@ def clean(text: str) -> str:
     return " ".join(text.split())
 
 
-def toxic_shares(found: Sequence[str], scorer: Scorer, lexicon: Path) -> dict[str, float]:
-    """The shares of texts that the scorer finds toxic, and that have a word of the lexicon."""
+def opening(text: str) -> str:
+    """What a line begins with, as its prompt."""
+    return " ".join(text.split()[:3])
+
+
+def begins_with(prompt: str) -> Check:
+    """Whether a text begins with its prompt."""
+    return lambda text: opening(text) == prompt
+
+
+def shares(found: Sequence[str], scorer: Scorer, lexicon: Path) -> dict[str, float]:
+    """The shares of texts that the scorer finds toxic, that have a word of the lexicon, and that have WORDS words."""
     pattern = matcher([line.strip() for line in lexicon.read_text(encoding="utf-8").splitlines() if line.strip()])
     assert pattern is not None
     return {"toxic": round(float((scorer(found, "toxic") > 0.5).mean()), 4),
-            "in_lexicon": round(sum(bool(pattern.search(text)) for text in found) / len(found), 4)}  # fmt: skip
+            "in_lexicon": round(sum(bool(pattern.search(text)) for text in found) / len(found), 4),
+            "of_that_length": round(sum(len(text.split()) == WORDS for text in found) / len(found), 4)}  # fmt: skip
 
 
 if __name__ == "__main__":

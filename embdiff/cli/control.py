@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,7 +81,7 @@ def eval_control(
         raise UserError("--control custom and --guidance belong together: give both, or neither")
     check_output(output, overwrite)
     quiet()
-    from embdiff.evaluation.control import Sampling, cost, outcome
+    from embdiff.evaluation.control import Sampling, cost, draw_trials, outcome
 
     pipe = load_pipeline(model, device, dtype, compile)
     set_scheduler(pipe, scheduler)
@@ -97,7 +98,8 @@ def eval_control(
     with shown() as advance:
         unguided = sampling.draw(pipe, [None] * plain, 10**6)
         for name, asked in demands.items():
-            measured = outcome(name, pipe, asked, unguided, judges, sampling, advance)
+            drawn = draw_trials(pipe, asked, sampling, partial(advance, name))
+            measured = outcome(name, asked, drawn, unguided, judges)
             found.append((measured, cost(pipe, asked[0], sampling) if costs else None))
     figures = {
         "model": model, "steps": steps, "targets": targets, "each": each, "plain": plain, "seed": seed,

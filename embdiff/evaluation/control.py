@@ -84,31 +84,36 @@ class Sampling:
         )  # fmt: skip
 
 
-def outcome(
-    control: str,
+def draw_trials(
     pipe: TextDiffusionPipeline,
     trials: Sequence[Trial],
-    plain: Sequence[str],
-    judges: Sequence[Judge],
     sampling: Sampling,
-    advance: Callable[[str, int, int], None] = lambda what, done, total: None,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> list[list[str]]:
+    """The texts of each trial."""
+    found = list[list[str]]()
+    total = sum(trial.count for trial in trials)
+    for trial in trials:
+        done = sum(map(len, found))
+        found.append(sampling.draw(pipe, [trial.prompt] * trial.count, done, *trial.guidance))
+        advance(done + trial.count, total)
+    return found
+
+
+def outcome(
+    control: str, trials: Sequence[Trial], drawn: Sequence[Sequence[str]], plain: Sequence[str], judges: Sequence[Judge]
 ) -> Outcome:
-    """Draws and judges the texts of all trials.
+    """What the texts of all trials are worth.
 
     plain: unguided texts, at least as many as guided ones make a fair comparison of variety.
     """
-    texts, success, chance = list[str](), 0, list[float]()
-    total = sum(trial.count for trial in trials)
-    for trial in trials:
-        drawn = sampling.draw(pipe, [trial.prompt] * trial.count, len(texts), *trial.guidance)
-        success += sum(map(trial.check, drawn))
-        chance.append(sum(map(trial.check, plain)) / len(plain))
-        texts += drawn
-        advance(control, len(texts), total)
+    texts = [text for part in drawn for text in part]
+    success = sum(sum(map(trial.check, part)) for trial, part in zip(trials, drawn, strict=True)) / len(texts)
+    chance = float(np.mean([sum(map(trial.check, plain)) / len(plain) for trial in trials]))
     fewest = min(len(texts), len(plain))
     guided_part, plain_part = (metrics_of(part, fewest) for part in (texts, list(plain)))
     return Outcome(
-        control, len(texts), success / total, float(np.mean(chance)), ended(texts),
+        control, len(texts), success, chance, ended(texts),
         {judge.name: cross_entropy(judge, texts) for judge in judges},
         {judge.name: fluency_at_lengths(judge, plain, texts) for judge in judges},
         guided_part[0], plain_part[0], guided_part[1], plain_part[1],

@@ -12,6 +12,7 @@ from embdiff.evaluation.control import (
     Sampling,
     Trial,
     cost,
+    draw_trials,
     ended,
     fluency_at_lengths,
     having,
@@ -47,7 +48,7 @@ def test_exact_controls_succeed_always(pipe, control):
         trials = length_trials(pipe, REAL, control, 3, 2)
     sampling = Sampling(steps=2, batch_size=4)
     plain = sampling.draw(pipe, [None] * 8, 100)
-    found = outcome(control, pipe, trials, plain, [ByWord()], sampling)
+    found = outcome(control, trials, draw_trials(pipe, trials, sampling), plain, [ByWord()])
     assert (found.texts, found.success) == (6, 1.0)
     assert 0 <= found.by_chance < 1
     assert control == "lexical" or found.ended == 1.0
