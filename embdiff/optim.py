@@ -68,15 +68,27 @@ class Muon(torch.optim.Optimizer):
 def orthogonalise(matrices: Tensor, dtype: torch.dtype = torch.float32, steps: int = 5) -> Tensor:
     """The nearest semi-orthogonal matrices to `matrices` [n, rows, columns], roughly: singular values in [0.7, 1.2].
 
-    Five rounds of a quintic Newton-Schulz iteration whose coefficients trade precision for slope at 0 (Jordan et al.).
+    Five rounds of a quintic Newton-Schulz iteration whose coefficients trade precision for slope at 0 (Jordan et al.):
+    X <- (a + b G + c G^2) X with G = X X^T.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
     x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+    gram = x @ x.mT
+    if dtype is torch.float32 and x.shape[-1] >= 2 * x.shape[-2]:
+        # All factors are polynomials of the first G: they commute, and X itself is needed at the end only. Half the
+        # work for a long matrix; in bf16 G's small eigenvalues would be noise.
+        product = torch.eye(len(gram[0]), dtype=dtype, device=x.device)
+        for _ in range(steps):
+            factor = b * gram + c * gram @ gram
+            factor.diagonal(dim1=-2, dim2=-1).add_(a)
+            product, gram = factor @ product, factor @ (factor @ gram)
+        x = product @ x
+    else:
+        for _ in range(steps):
+            gram = x @ x.mT
+            x = a * x + (b * gram + c * gram @ gram) @ x
     x = x.to(matrices.dtype)
     result: Tensor = x.mT if tall else x
     return result
