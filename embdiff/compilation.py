@@ -76,10 +76,10 @@ class Forward:
         self.packed: tuple[tuple[int, int], ...] = ()
         self.weights = sum(p.numel() for p in cast(nn.Module, denoiser.blocks).parameters())
 
-    def __call__(self, z: Tensor, *args: Any) -> Tensor:
+    def __call__(self, z: Tensor, *args: Any, rows: Tensor | None = None) -> Tensor:
         """The denoiser's features, see `Denoiser.forward`."""
-        self.count(z.shape[0] * z.shape[1], z.device.type)
-        return self.call(z, *args)
+        self.count(z.shape[0] * z.shape[1] if rows is None else len(rows), z.device.type)
+        return self.call(z, *args) if rows is None else self.call(z, *args, rows=rows)
 
     def count(self, positions: int, device_type: str) -> None:
         """Takes note of work done here or elsewhere, and compiles if it is time."""

@@ -91,6 +91,28 @@ class Context(NamedTuple):
         )
 
 
+class Places(NamedTuple):
+    """Some positions in a row, as [1, R, ..], where a layer looks at each alone. rows: [R] int64, b L + l."""
+
+    rows: Tensor
+    B: int
+    L: int
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[1, R, ..] of [B, L, ..]."""
+        return x.flatten(0, 1)[None, self.rows]
+
+    def spread(self, x: Tensor) -> Tensor:
+        """[B, L, ..] of [1, R, ..], 0 elsewhere."""
+        whole = x.new_zeros(self.B * self.L, *x.shape[2:])
+        return whole.index_copy(0, self.rows, x[0]).view(self.B, self.L, *x.shape[2:])
+
+    def mask(self, context: Context | None) -> Tensor:
+        """[B, 1, 1, C + L] bool: the context and these positions are attended to."""
+        here = self.spread(torch.ones_like(self.rows, dtype=torch.bool)[None])
+        return (here if context is None else torch.cat([context.mask, here], 1))[:, None, None]
+
+
 class Denoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Predicts the token at each position of a noisy latent.
 
@@ -147,6 +169,7 @@ class Denoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]
         known: Tensor | None = None,
         present: Tensor | None = None,
         positions: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """Features h [B, L, W + D]; logits are `h @ output_weight().T`.
 
@@ -161,11 +184,17 @@ class Denoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]
             known: [B, L] bool, context positions of a joint pass; None = none.
             present: [B, L] bool, False = padding that nobody attends to; None = all present.
             positions: [B, L] or [1, L] int; None = 0 .. L - 1. A prompt of n tokens sits at -n .. -1.
+            rows: [R] int64, b L + l: the only positions that are computed and attended to, at least one of each
+                example, beside the context. gamma is [1] then, and h is [R, W + D]. None = all.
         """
-        h, _, _ = self._encode(z, gamma, context, self_cond, known, present, positions)
+        places = None if rows is None else Places(rows, len(z), z.shape[1])
+        if places is not None:
+            z, self_cond = places.gather(z), None if self_cond is None else places.gather(self_cond)
+        h, _, _ = self._encode(z, gamma, context, self_cond, known, present, positions, places)
         gamma = expand_gamma(gamma, z)
         alpha, sigma = alpha_sigma(gamma)
-        return torch.cat([h, (self.filter_ramp * alpha / sigma**2 * z).to(h.dtype)], -1)
+        h = torch.cat([h, (self.filter_ramp * alpha / sigma**2 * z).to(h.dtype)], -1)
+        return h if places is None else h[0]
 
     def encode_context(self, ids: Tensor, present: Tensor, positions: Tensor) -> Context:
         """Encodes context tokens once. ids, positions: [B, C]; present: [B, C] bool, False = padding."""
@@ -195,20 +224,21 @@ class Denoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]
         known: Tensor | None,
         present: Tensor | None,
         positions: Tensor | None,
+        places: Places | None = None,
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Last hidden state [B, L, W], and the keys and values [B, H, L, W / H] of every layer."""
-        B, L, _ = z.shape
+        """Last hidden state [B, L, W] or [1, R, W], and the keys and values [B, H, L, W / H] of every layer."""
+        L = z.shape[1] if places is None else places.L
         dtype = self.embed_z.weight.dtype
         x = self.embed_z(z.to(dtype))
         if self_cond is not None:
             if known is not None:
                 self_cond = self_cond.masked_fill(known[..., None], 0.0)
             x = x + self.embed_self_cond(self_cond.to(dtype))
-        condition = Condition(self.condition(gamma.reshape(B, -1).float()), self.context_condition, known)
+        condition = Condition(self.condition(gamma.reshape(len(gamma), -1).float()), self.context_condition, known)
         if positions is None:
             positions = torch.arange(L, device=z.device)[None]
-        mask = attention_mask(L, context, known, present)
-        return through_blocks(self.blocks, self.final, x, condition, positions, mask, context)
+        mask = attention_mask(L, context, known, present) if places is None else places.mask(context)
+        return through_blocks(self.blocks, self.final, x, condition, positions, mask, context, places)
 
 
 class GammaCondition(nn.Module):
@@ -265,15 +295,17 @@ class Block(nn.Module):
         rotation: tuple[Tensor, Tensor],
         mask: Tensor | None,
         past: tuple[Tensor, Tensor] | None,
+        places: Places | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        B, L, W = x.shape
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = condition.through(self.modulation).chunk(6, -1)
 
-        qkv = self.qkv(modulate(x, shift_a, scale_a)).view(B, L, 3, self.heads, self.head_width)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(modulate(x, shift_a, scale_a))
+        qkv = qkv if places is None else places.spread(qkv)
+        q, k, v = qkv.view(*qkv.shape[:2], 3, self.heads, self.head_width).permute(2, 0, 3, 1, 4)
         q, k = rotate(rms_norm(q), rotation), rotate(rms_norm(k), rotation)
         all_k, all_v = (k, v) if past is None else (torch.cat([past[0], k], 2), torch.cat([past[1], v], 2))
-        a = ops.attention(q, all_k, all_v, mask).transpose(1, 2).reshape(B, L, W)
+        a = ops.attention(q, all_k, all_v, mask).transpose(1, 2).flatten(2)
+        a = a if places is None else places.gather(a)
         x = x + (1 + gate_a) * self.attention_out(a)
 
         m = F.relu(self.mlp_in(modulate(x, shift_m, scale_m))).square()
@@ -288,8 +320,10 @@ def through_blocks(
     positions: Tensor,
     mask: Tensor | None,
     context: Context | None,
+    places: Places | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """x [B, L, W] through the blocks and the last modulation, and the keys and values [B, H, L, W / H] of every block.
+    """x [B, L, W], or [1, R, W] at some places, through the blocks and the last modulation, and the keys and values
+    [B, H, L, W / H] of every block.
 
     positions: [B or 1, L]; mask: [B or 1, 1, L or 1, C + L], see `attention_mask`.
     """
@@ -300,7 +334,7 @@ def through_blocks(
         call: Callable[..., Any] = block
         if cast(Block, block).gradient_checkpointing and torch.is_grad_enabled():
             call = partial(cast(Any, block)._gradient_checkpointing_func, block)
-        x, k, v = call(x, condition, rotation, mask, past)
+        x, k, v = call(x, condition, rotation, mask, past, places)
         keys.append(k)
         values.append(v)
     shift, scale = condition.through(final).chunk(2, -1)

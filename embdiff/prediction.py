@@ -45,6 +45,8 @@ class Predictor:
         quantile: [B] in (0, 1), with which lengths are drawn above the noise level draw_above; None = never.
         length_bias: nats against padding and the end of text, below it.
         network: the denoiser's forward pass, compiled or as it is.
+        skip_padding: whether positions behind the text, once they are surely padding, are looked at no more: what lies
+            there is unseen then, as beyond a window of training.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Predictor:
         draw_above: float = -math.inf,
         length_bias: float = 0.0,
         network: Forward | None = None,
+        skip_padding: bool = False,
     ) -> None:
         self.run, self.denoiser = run, run.denoiser
         self.network = network or Forward(run.denoiser, wanted=False)
@@ -68,6 +71,8 @@ class Predictor:
         self.temperature = temperature
         shaped = any(isinstance(part, Tilt | Constraint | Veto) for part in self.parts)
         self.kept = kept if temperature != 1.0 or quantile is not None or length_bias or shaped else ()
+        self.skip_padding = skip_padding and bool(self.kept)
+        self.rows: Tensor | None = None  # [R], b L + l of the positions that are looked at; None = all
         self.draw_above = draw_above
         self.length_bias = length_bias
         # Here, so that nothing is copied to the device in the loop.
@@ -99,8 +104,12 @@ class Predictor:
             (branch, self._posterior(h, plan, tilts, branch.denoiser)) for branch, h in pairs if branch.space == "x0"
         ]
         posterior = guided(posterior, means) if means else posterior
+        if self.rows is not None:
+            posterior = spread(posterior, self.rows, z.shape[:2])
         if plan.automaton is not None:
             posterior = constrained(posterior, plan.automaton, plan.strength)
+        if self.skip_padding and gamma <= self.draw_above:
+            self.rows = live(posterior.kept[..., 0])
         x0 = self._x0(posterior, gamma)
         for gradient in plan.gradients:
             # E[x0 | z, y] = E[x0 | z] + (sigma^2 / alpha) grad log p(y | z), by Tweedie's formula under both.
@@ -202,11 +211,14 @@ class Predictor:
         last = nothing if self_cond is None else self_cond
         own = [branch for branch in plan.branches if branch.denoiser is None]
         given = [last, *(last if branch.self_conditioned else nothing for branch in own)]
-        together = predicted(self.network, torch.cat([z] * len(given)), gamma, plan.context, torch.cat(given))
+        rows = self.rows
+        if rows is not None:
+            rows = torch.cat([rows + k * z.shape[0] * z.shape[1] for k in range(len(given))])
+        together = predicted(self.network, torch.cat([z] * len(given)), gamma, plan.context, torch.cat(given), rows)
         main, *shared = together.chunk(len(given))
         ready = iter(shared)
         return main, [
-            next(ready) if b.denoiser is None else predicted(b.denoiser, z, gamma, b.context, last)
+            next(ready) if b.denoiser is None else predicted(b.denoiser, z, gamma, b.context, last, self.rows)
             for b in plan.branches
         ]
 
@@ -216,8 +228,12 @@ class Predictor:
         if self_cond is not None and (plan.vetoes or any(tilt.looks_around for tilt in plan.tilts)):
             draft = self.denoiser.space.round(self_cond)
 
+        rows = self.rows
+        if rows is None:
+            rows = torch.arange(self.run.samples * self.run.length, device=self.run.device)
+
         def tilting(tilt: Tilt) -> ops.Tilting:
-            return lambda logits, start: tilt.apply(Words(logits, slice(start, start + len(logits)), draft))
+            return lambda logits, start: tilt.apply(Words(logits, rows[start : start + len(logits)], draft))
 
         tilts = [tilting(tilt) for tilt in plan.tilts]
         if draft is None or not plan.vetoes:
@@ -225,8 +241,8 @@ class Predictor:
         marked, tokens = found(plan.vetoes, draft).flatten(), draft.flatten()
 
         def bar(logits: Tensor, start: int) -> Tensor:
-            rows = slice(start, start + len(logits))
-            barred = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, tokens[rows, None], marked[rows, None])
+            here = rows[start : start + len(logits)]
+            barred = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, tokens[here, None], marked[here, None])
             return logits.masked_fill(barred, -torch.inf)
 
         return [*tilts, bar]
@@ -254,11 +270,45 @@ class Predictor:
 
 
 def predicted(
-    network: Callable[..., Tensor], z: Tensor, gamma: float, context: Context | None, self_cond: Tensor
+    network: Callable[..., Tensor],
+    z: Tensor,
+    gamma: float,
+    context: Context | None,
+    self_cond: Tensor,
+    rows: Tensor | None,
 ) -> Tensor:
-    """Features at one noise level for the whole batch."""
-    level = torch.full((len(z),), gamma, dtype=torch.float32, device=z.device)
-    return network(z, level, context, self_cond)
+    """Features at one noise level, [B, L, ..] or of some rows [R, ..]."""
+    level = torch.full((1 if rows is not None else len(z),), gamma, dtype=torch.float32, device=z.device)
+    return network(z, level, context, self_cond, **({} if rows is None else {"rows": rows}))
+
+
+SURE, MARGIN = 0.99, 2
+
+
+def live(padding: Tensor) -> Tensor | None:
+    """The positions [R], b L + l, up to MARGIN behind the last that may be no padding; None = all.
+
+    padding: [B, L], the probability of padding at each.
+    """
+    L = padding.shape[1]
+    behind = (padding > SURE).flip(1).long().cumprod(1).sum(1, keepdim=True)
+    kept = torch.arange(L, device=padding.device) < (L - behind + MARGIN)
+    return None if bool(kept.all()) else kept.flatten().nonzero()[:, 0]
+
+
+def spread(posterior: ops.Posterior, rows: Tensor, shape: Sequence[int]) -> ops.Posterior:
+    """A posterior of some rows as one of all positions [B, L]; the others are padding."""
+
+    def whole(values: Tensor, elsewhere: float) -> Tensor:
+        everywhere = values.new_full((math.prod(shape), *values.shape[1:]), elsewhere)
+        return everywhere.index_copy(0, rows, values).view(*shape, *values.shape[1:])
+
+    kept = whole(posterior.kept, 0.0)
+    kept[..., 0] += 1 - whole(torch.ones_like(posterior.kept[..., 0]), 0.0)
+    if posterior.share is None or posterior.each is None:
+        return ops.Posterior(whole(posterior.mean, 0.0), kept)
+    share = whole(posterior.share, 1 / posterior.share.shape[-1])
+    return ops.Posterior(whole(posterior.mean, 0.0), kept, share, whole(posterior.each, 0.0))
 
 
 def stacked(contexts: Sequence[Context | None]) -> Context | None:

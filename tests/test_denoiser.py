@@ -86,6 +86,17 @@ def test_gamma_per_position_equals_gamma_per_example_when_constant(model, seed):
     )
 
 
+@given(st.integers(0, 50), st.lists(st.integers(1, L), min_size=B, max_size=B))
+def test_some_rows_are_what_a_pass_without_the_others_gives(model, seed, lengths):
+    prompt, present, positions, z, _, self_cond = draw(seed)
+    gamma, context = torch.full((B,), 0.3), model.encode_context(prompt, present, positions)
+    seen = torch.arange(L) < torch.tensor(lengths)[:, None]
+    some = model(z, gamma[:1], context, self_cond, rows=seen.flatten().nonzero()[:, 0])
+    assert torch.allclose(some, model(z, gamma, context, self_cond, present=seen)[seen], atol=1e-9)
+    every = model(z, gamma[:1], None, self_cond, rows=torch.arange(B * L))
+    assert torch.allclose(every, model(z, gamma, None, self_cond).flatten(0, 1), atol=1e-9)
+
+
 @given(st.integers(0, 50))
 def test_examples_do_not_see_each_other(model, seed):
     *_, z, gamma, self_cond = draw(seed)

@@ -78,6 +78,9 @@ def sample(
     ),
     draw_length: bool = typer.Option(True, help="Draw each text's length from the model while noise is high."),
     length_bias: float = typer.Option(1.0, help="Nats against padding, which outweighs words; 0 = as the model is."),
+    skip_padding: bool | None = typer.Option(
+        None, help="Compute positions behind a text no more once they are surely padding; by default on a CPU."
+    ),
     seed: int = typer.Option(0, help="Seed of the first sample; sample i has seed + i."),
     batch_size: int = typer.Option(32, help="Samples drawn at a time; texts do not depend on it."),
     device: str = typer.Option("auto", help="cpu, cuda or auto."),
@@ -122,6 +125,7 @@ def sample(
         "draw_length": draw_length,
         "length_bias": length_bias,
         "max_length": max_length,
+        "skip_padding": skip_padding,
         "guidance": [ClassifierFreeGuidance(cfg_scale, cfg_space), *modules],
     }
     name = type(pipe.scheduler).__name__

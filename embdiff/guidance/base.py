@@ -101,12 +101,12 @@ class Words(NamedTuple):
     """What a tilt may look at.
 
     logits: [R, V] of R positions in a row, tempered, -inf for the end of text and padding.
-    rows: which of the B L positions these are, b L + l.
+    rows: [R] int64, which of the B L positions these are, b L + l; not all, where padding is left out.
     draft: [B, L] tokens of the last x0; None at the first step, and for tilts that don't look around.
     """
 
     logits: Tensor
-    rows: slice
+    rows: Tensor
     draft: Tensor | None
 
 

@@ -102,9 +102,9 @@ class RepetitionPenalty(Guidance):
         if words.draft is None:
             return words.logits
         L = words.draft.shape[1]
-        rows = torch.arange(words.rows.start, words.rows.stop, device=words.logits.device)
-        earlier = torch.arange(L, device=rows.device)[None] < (rows % L)[:, None]
-        seen = torch.zeros_like(words.logits).scatter_add_(1, words.draft[rows // L], earlier.to(words.logits)) > 0
+        earlier = torch.arange(L, device=words.rows.device)[None] < (words.rows % L)[:, None]
+        texts = words.draft[words.rows // L]
+        seen = torch.zeros_like(words.logits).scatter_add_(1, texts, earlier.to(words.logits)) > 0
         logs = words.logits.log_softmax(-1)
         return torch.where(seen, logs * self.penalty, logs)
 

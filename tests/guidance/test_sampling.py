@@ -27,7 +27,7 @@ def run_of(pipe):
 
 def applied(module, pipe, scores, draft=None):
     (part,) = module.parts(run_of(pipe))
-    return part.apply(Words(scores, slice(0, len(scores)), draft))
+    return part.apply(Words(scores, torch.arange(len(scores)), draft))
 
 
 @given(seed=st.integers(0, 99), k=st.integers(1, 20), p=st.floats(0.05, 0.95))
@@ -40,7 +40,7 @@ def test_they_equal_transformers_own(seed, k, p):
     ]
     for ours, theirs in pairs:
         (part,) = ours.parts(FakeRun)
-        assert torch.equal(part.apply(Words(scores, slice(0, 8), None)), theirs(None, scores.clone()))
+        assert torch.equal(part.apply(Words(scores, torch.arange(8), None)), theirs(None, scores.clone()))
 
 
 class FakeRun:
@@ -57,7 +57,7 @@ def test_the_penalty_falls_on_words_that_stand_earlier_in_the_draft(seed):
     scores = logits(seed)
     draft = torch.randint(2, V, (2, 4), generator=torch.Generator().manual_seed(seed))
     (part,) = RepetitionPenalty(1.5).parts(FakeRun)
-    found = part.apply(Words(scores, slice(0, 8), draft))
+    found = part.apply(Words(scores, torch.arange(8), draft))
     logs = scores.log_softmax(-1)
     for row in range(8):
         b, i = divmod(row, 4)
@@ -65,8 +65,8 @@ def test_the_penalty_falls_on_words_that_stand_earlier_in_the_draft(seed):
         for token in range(2, V):
             assert found[row, token].item() == pytest.approx(logs[row, token].item() * (1.5 if token in seen else 1.0))
     # In chunks the same, and at the first step nothing.
-    assert torch.equal(part.apply(Words(scores[3:6], slice(3, 6), draft)), found[3:6])
-    assert torch.equal(part.apply(Words(scores, slice(0, 8), None)), scores)
+    assert torch.equal(part.apply(Words(scores[3:6], torch.arange(3, 6), draft)), found[3:6])
+    assert torch.equal(part.apply(Words(scores, torch.arange(8), None)), scores)
 
 
 @given(st.lists(st.integers(2, 4), max_size=9), st.integers(1, 3))
