@@ -45,7 +45,7 @@ def root(version: bool = typer.Option(False, "--version", help="Print the versio
 
 def main() -> None:
     """The console script: bad input is one line on stderr and exit code 2."""
-    from embdiff.errors import UserError
+    from embdiff.errors import UserError, is_out_of_memory
 
     try:
         app()
@@ -55,4 +55,13 @@ def main() -> None:
     except OSError as error:  # a full disk, a folder that may not be written to
         where = f" {error.filename}" if error.filename else ""
         print(f"embdiff: cannot read or write{where}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(
+            "embdiff: out of memory: lower --batch-size or --max-length; training also needs less with "
+            "--gradient-checkpointing. What was written is kept, and --resume goes on from there",
+            file=sys.stderr,
+        )
         sys.exit(2)

@@ -1,12 +1,14 @@
 """embdiff sample: what it goes on with, what it refuses, and what it says about the samples."""
 
 import json
+import sys
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from embdiff import vocabulary
-from embdiff.cli import app
+from embdiff.cli import app, main
 from embdiff.errors import UserError
 from embdiff.pipeline import TextDiffusionPipeline
 from tests.conftest import lively
@@ -174,3 +176,30 @@ def test_guidance_by_name_reaches_every_sample(model):
 def test_guidance_that_cannot_be_is_refused(model, spec, cause):
     with pytest.raises(UserError, match=cause):
         sample(model, "--guidance", spec)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory: 9 TB")]
+)
+def test_out_of_memory_is_told_in_one_line_and_keeps_what_was_drawn(model, tmp_path, monkeypatch, capsys, error):
+    call, output, batches = TextDiffusionPipeline.__call__, tmp_path / "samples.txt", []
+
+    def short_of_memory(*arguments, **options):
+        batches.append(1)
+        if len(batches) == 3:
+            raise error
+        return call(*arguments, **options)
+
+    monkeypatch.setattr(TextDiffusionPipeline, "__call__", short_of_memory)
+    arguments = ["sample", model, "-n", "7", "--batch-size", "2", "--steps", "2", "--device", "cpu", "--dtype", "fp32"]
+    monkeypatch.setattr(sys, "argv", ["embdiff", *arguments, "--output", str(output)])
+    with pytest.raises(SystemExit) as leaving:
+        main()
+    assert leaving.value.code == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("embdiff: ")]
+    assert len(told) == 1
+    assert "out of memory: lower --batch-size" in told[0]
+    assert len(output.read_text().splitlines()) == 4
+    monkeypatch.setattr(TextDiffusionPipeline, "__call__", call)
+    sample(model, "-n", "7", "--batch-size", "2", "--output", output, "--resume")
+    assert len(output.read_text().splitlines()) == 7
