@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -130,6 +131,8 @@ def dtype(name: str, chosen: torch.device) -> torch.dtype:
     }
     if name not in names:
         raise UserError(f"dtype {name!r} is unknown: choose auto, fp32 or bf16")
+    if names[name] is torch.bfloat16 and ops.fast_dtype(chosen.type) is torch.float32:
+        print(f"this {chosen.type} has no bf16 units: bf16 is emulated, and slower than --dtype fp32", file=sys.stderr)
     return names[name]
 
 

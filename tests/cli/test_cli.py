@@ -10,8 +10,10 @@ import sys
 import time
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from embdiff import ops
 from embdiff.cli import app, common, main
 from embdiff.cli.common import SOLVERS
 from embdiff.errors import UserError
@@ -272,3 +274,10 @@ def test_durations(text, value):
 def test_bad_durations_are_refused(text):
     with pytest.raises(UserError, match="time"):
         common.seconds(text)
+
+
+@pytest.mark.parametrize("units", [True, False])
+def test_a_precision_that_the_device_emulates_is_used_with_a_remark(monkeypatch, capsys, units):
+    monkeypatch.setattr(ops, "fast_dtype", lambda device_type: torch.bfloat16 if units else torch.float32)
+    assert common.dtype("bf16", torch.device("cpu")) is torch.bfloat16
+    assert ("emulated" in capsys.readouterr().err) != units
