@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from embdiff.cli.common import load_pipeline, quiet, run_config
+from embdiff.cli.common import load_pipeline, quiet, reuse_memory, run_config
 from embdiff.cli.train import Display
 from embdiff.config import TrainConfig, read_config
 from embdiff.data import read_examples
@@ -23,6 +23,7 @@ from embdiff.training import train
 def finish(output: Path, config: TrainConfig) -> None:
     """Does nothing for a run that was finished before, continues one that was stopped, or trains from the start."""
     quiet()
+    reuse_memory()
     if (output / "model_index.json").exists() or (output / "model").exists():
         return
     started = run_config(output)  # a run goes on with the options that it was started with

@@ -30,7 +30,7 @@ from peers import Naive, Tight, flops, generate, matrix_rate
 from embdiff import ops, vocabulary
 from embdiff.baselines import MaskedModel
 from embdiff.batches import Prompts
-from embdiff.cli.common import quiet
+from embdiff.cli.common import quiet, reuse_memory
 from embdiff.denoiser import SIZES, Denoiser
 from embdiff.guidance import ClassifierFreeGuidance
 from embdiff.noise import GumbelSchedule
@@ -65,6 +65,7 @@ def main(
 ) -> None:
     """Prints and writes one table, and draws it."""
     quiet()
+    reuse_memory()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(dtype) or ops.fast_dtype(device.type)
     rate, plain_rate = matrix_rate(kind, device), matrix_rate(torch.float32, device)

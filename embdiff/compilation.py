@@ -65,7 +65,7 @@ class Forward:
         denoiser: in whatever precision, on whatever device; both may change.
         wanted: True = compiled at once, False = never.
 
-    Compiling changes results by rounding only. bf16 weights on a CPU are packed for its matrix units then; should they
+    Compiling changes results by rounding only. On a CPU weights are packed for its matrix units then; should they
     change, it begins anew.
     """
 
@@ -95,7 +95,7 @@ class Forward:
         self.refused = not can_compile(device_type, say)
         if self.refused:
             return
-        pack = device_type == "cpu" and next(self.denoiser.parameters()).dtype == torch.bfloat16
+        pack = device_type == "cpu"
         options = {"options": {"freezing": True}} if pack else {}
         self.packed = self._versions() if pack else ()
         self.call = compiled(self.denoiser, say, dynamic=None, **options)

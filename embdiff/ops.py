@@ -22,6 +22,7 @@ from torch import Tensor
 
 TRITON = find_spec("triton") is not None
 CHUNK = 256  # rows of logits held at a time
+BLOCK = 1024  # rows and words of logits held at a time, where a running maximum will do
 
 
 class Posterior(NamedTuple):
@@ -96,18 +97,24 @@ def expectation(
     classes: Classes | None = None,
     tilts: Sequence[Tilting] = (),
 ) -> Posterior:
-    """`expectation_reference` in row chunks: softmax in fp32, matrix products in the precision of `h`.
+    """`expectation_reference` in chunks: softmax in fp32, matrix products in the precision of `h`.
 
-    keep may be a tensor on the device of `h`, so that nothing is copied there. By a kernel on a GPU, where there are
-    neither classes, tilts nor gradients.
+    keep may be a tensor on the device of `h`, so that nothing is copied there. Where there are neither classes, tilts
+    nor gradients: by a kernel on a GPU, and by blocks of words of a large vocabulary elsewhere.
     """
-    if has_kernels(h.device.type) and classes is None and not tilts and len(keep) <= 2 and not torch.is_grad_enabled():
+    plain = classes is None and not tilts and not torch.is_grad_enabled()
+    if plain and has_kernels(h.device.type) and len(keep) <= 2:
         from embdiff import kernels
 
         return kernels.expectation(h, weight, table, temperature, torch.as_tensor(keep, device=h.device).long())
     rows = h.reshape(-1, h.shape[-1])
     weight, table = weight.to(h.dtype), table.to(h.dtype)
     ids = keep if isinstance(keep, Tensor) else list(keep)
+    if plain and len(weight) > 2 * BLOCK and h.device.type == "cpu":
+        tokens = [int(token) for token in ids]
+        parts = [_by_blocks(part, weight, table, temperature, tokens) for part in torch.split(rows, BLOCK)]
+        mean, kept = (torch.cat(column) for column in zip(*parts, strict=True))
+        return Posterior(mean.view(*h.shape[:-1], -1), kept.view(*h.shape[:-1], len(ids)))
     sorted_table = None if classes is None else torch.split(table[classes.order], list(classes.sizes))
     found: list[tuple[Tensor, ...]] = []
     for start, chunk in zip(range(0, len(rows), CHUNK), torch.split(rows, CHUNK), strict=True):
@@ -133,6 +140,39 @@ def expectation(
         found.append(((share[..., None] * each).sum(1), kept, share, each))
     columns = [torch.cat(column) for column in zip(*found, strict=True)]
     return Posterior(*(column.reshape(*h.shape[:-1], *column.shape[1:]) for column in columns))
+
+
+def _by_blocks(
+    rows: Tensor, weight: Tensor, table: Tensor, temperature: float, keep: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Mean [R, D] and kept [R, K] of rows [R, H], by a softmax with a running maximum over blocks of words.
+
+    What is held stays in the cache, and in the same place: fresh memory of this size costs as much as the arithmetic.
+    """
+    ends = F.linear(rows, weight[keep]).float()
+    space = torch.empty(2, len(rows) * BLOCK)
+    best = torch.full((len(rows), 1), -torch.inf)
+    plain, cold, mean = torch.zeros_like(best), torch.zeros_like(best), torch.zeros(len(rows), table.shape[1])
+    for start in range(0, len(weight), BLOCK):
+        block, words = weight[start : start + BLOCK], slice(start, start + BLOCK)
+        x, p = space[:, : len(rows) * len(block)].view(2, len(rows), len(block))
+        if rows.dtype is torch.float32:
+            torch.mm(rows, block.T, out=x)
+        else:
+            x.copy_(rows @ block.T)
+        x[:, [token - start for token in keep if start <= token < start + len(block)]] = -torch.inf
+        higher = torch.maximum(best, x.amax(1, keepdim=True))
+        # A block may have no word before the first one; then nothing was summed up either.
+        fade = (best - higher).nan_to_num(0.0, neginf=-torch.inf)
+        torch.mul(x.sub_(higher), 1 / temperature, out=p).exp_()
+        plain = plain * fade.exp() + x.exp_().sum(1, keepdim=True)
+        fade = (fade / temperature).exp_()
+        cold = cold * fade + p.sum(1, keepdim=True)
+        mean = mean * fade + (p.to(rows.dtype) @ table[words]).float()
+        best = higher
+    top = torch.cat([best, ends], 1).amax(1, keepdim=True)
+    ends = (ends - top).exp_()
+    return mean / cold, ends / (plain * (best - top).exp_() + ends.sum(1, keepdim=True))
 
 
 def highest(logits: Tensor, classes: Classes) -> tuple[Tensor, Tensor]:

@@ -81,7 +81,7 @@ def test_a_forward_pass_is_compiled_where_wanted(counted, wanted, times):
 
 
 def test_packed_weights_that_change_are_packed_anew(counted):
-    forward, z, gamma = compilation.Forward(small(torch.bfloat16), True), torch.randn(2, 5, 8), torch.randn(2)
+    forward, z, gamma = compilation.Forward(small(), True), torch.randn(2, 5, 8), torch.randn(2)
     forward(z, gamma)
     forward(z, gamma)
     assert counted == [{"dynamic": None, "options": {"freezing": True}}]

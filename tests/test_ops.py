@@ -35,6 +35,20 @@ def test_expectation_equals_its_reference(rows, vocab, seed, temperature, keep):
     assert torch.allclose(fast.kept.double(), exact.kept, atol=1e-5)
 
 
+@given(
+    vocab=st.sampled_from([2049, 3000, 5121]), seed=st.integers(0, 99), temperature=st.sampled_from([0.3, 1.0, 1.5]),
+    keep=st.sampled_from([(), (0, 2), (1500, 2048)]), dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)  # fmt: skip
+def test_blocks_of_a_large_vocabulary_add_up(vocab, seed, temperature, keep, dtype):
+    h, weight, table = problem(5, vocab, seed, dtype)
+    with torch.no_grad():
+        fast = ops.expectation(h, weight, table, temperature, keep)
+    by_rows = ops.expectation(h, weight, table, temperature, keep)  # with gradients, row by row
+    close = 1e-4 if dtype is torch.float32 else 0.05
+    assert torch.allclose(fast.mean, by_rows.mean, atol=close)
+    assert torch.allclose(fast.kept, by_rows.kept, atol=close)
+
+
 @given(**sizes)
 def test_keeping_tokens_apart_changes_nothing_at_temperature_one(rows, vocab, seed):
     h, weight, table = problem(rows, vocab, seed, torch.float64)

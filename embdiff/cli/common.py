@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import math
 import os
@@ -9,7 +10,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +101,16 @@ def quiet() -> None:
     logging.getLogger("torch").setLevel(logging.ERROR)
 
 
+def reuse_memory() -> None:
+    """Keeps freed memory for the next tensor. glibc gives large pieces back and maps them anew, and to fill in their
+    pages costs more than the arithmetic on them: a third of a step on a CPU."""
+    if sys.platform == "linux":
+        with suppress(AttributeError):  # other C libraries have no mallopt
+            libc = ctypes.CDLL(None)
+            libc.mallopt(-4, 0)  # M_MMAP_MAX: map nothing apart
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
+
+
 def device(name: str) -> torch.device:
     """The device of this name; `auto` takes the best there is."""
     import torch
@@ -142,6 +153,7 @@ def load_pipeline(
     """The pipeline in a local folder or on the hub, on a device; compile: None = once it pays."""
     from embdiff.pipeline import load
 
+    reuse_memory()
     chosen = device(device_name)
     pipe = load(model)
     pipe.to(chosen, dtype(dtype_name, chosen))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from embdiff.cli.common import check_seed, duration, quiet, seconds
+from embdiff.cli.common import check_seed, duration, quiet, reuse_memory, seconds
 from embdiff.cli.train import Display, StopSignal
 from embdiff.errors import UserError
 
@@ -35,6 +35,7 @@ def quickstart(
         raise UserError(f"--max-time {max_time} leaves no time to train: give 2m or more")
     check_seed(seed)
     quiet()
+    reuse_memory()
     from embdiff import training
     from embdiff.data import load_corpus
 

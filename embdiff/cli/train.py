@@ -15,7 +15,7 @@ import typer
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-from embdiff.cli.common import duration, quiet, seconds
+from embdiff.cli.common import duration, quiet, reuse_memory, seconds
 from embdiff.errors import UserError
 
 OBJECTIVE_HELP = "ce (cross-entropy), vlb (variational bound), mixed (both), or a baseline: autoregressive, masked."
@@ -87,6 +87,7 @@ def train(
 def run(options: dict[str, Any], config_file: Path | None, output: Path, resume: bool, overwrite: bool) -> None:
     """Merges the options (the run's own if resumed, then the file's, then the command line's), trains, reports."""
     quiet()
+    reuse_memory()
     from embdiff.baselines import BASELINES
     from embdiff.config import TrainConfig, read_config
     from embdiff.training import train
