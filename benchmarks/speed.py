@@ -14,11 +14,13 @@ said to be. `parts` says where a step's time goes; its matrix rate is the best o
 
 from __future__ import annotations
 
+import math
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -133,7 +135,12 @@ def contestants(
     masked = MaskedModel(words, SIZES[size]["width"], SIZES[size]["depth"], SIZES[size]["heads"], length)
     masked = masked.to(device, dtype).eval()
     naive, guided = Naive(plain), Naive(plain, prompts, 2.0)
-    half = ClassifierFreeGuidance(2.0, max_gamma=middle(pipe))
+    middle = float(pipe.scheduler.noise_schedule.gamma(0.5))
+    guidance = {
+        f"CFG in {space}{of}": ClassifierFreeGuidance(2.0, space, max_gamma=highest)
+        for space in ("x0", "logits")
+        for of, highest in (("", math.inf), (", half of the steps", middle))
+    }
 
     def ours(n: int, prompt: str | None = None, **options: Any) -> Callable[[], object]:
         generator = torch.Generator().manual_seed(0)
@@ -147,8 +154,10 @@ def contestants(
         yield Cell("naive", n, lambda n=n: naive(batch, length, n), n * work)
         yield Cell("masked", n, lambda n=n: masked.sample(generators(batch), steps=n), n * work)
         yield Cell("ours, prompt", n, ours(n, PROMPT), n * work)
-        yield Cell("ours, CFG", n, ours(n, PROMPT, guidance_scale=2.0), 2 * n * work)
-        yield Cell("ours, CFG in half of the steps", n, ours(n, PROMPT, guidance=[half]), 1.5 * n * work)
+        for name, module in guidance.items():
+            yield Cell(
+                f"ours, {name}", n, ours(n, PROMPT, guidance=[module]), (1.5 if "half" in name else 2) * n * work
+            )
         yield Cell("naive, CFG", n, lambda n=n: guided(batch, length, n), 2 * n * work)
     yield Cell("diffusion-lm", LM_STEPS, lambda: naive(batch, length, LM_STEPS, to_nearest=True), LM_STEPS * work)
     for static in (False, True) if compile else (False,):
@@ -163,11 +172,6 @@ def contestants(
 def generators(count: int) -> list[torch.Generator]:
     """One for each text."""
     return [torch.Generator().manual_seed(seed) for seed in range(count)]
-
-
-def middle(pipe: TextDiffusionPipeline) -> float:
-    """The noise level in the middle of the steps."""
-    return float(pipe.scheduler.noise_schedule.gamma(0.5))
 
 
 def timed(runs: list[Callable[[], object]], rounds: int) -> list[float]:
@@ -222,25 +226,23 @@ def parts(
 
 
 def ratios(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """How many times faster ours is, with as many steps where the other has steps."""
-    found = []
-    for cell in cells:
-        place = {key: cell[key] for key in ("size", "batch", "length")}
-        if cell["name"].startswith("ours, CFG"):
-            other, base = cell, next((c for c in cells if place.items() <= c.items() and c["name"] == "ours, prompt"
-                                      and c["steps"] == cell["steps"]), None)  # fmt: skip
-            if base:
-                found.append(place | {"what": f"{cell['name']} / ours, prompt", "steps": cell["steps"],
-                                      "ratio": other["seconds"] / base["seconds"]})  # fmt: skip
-        if cell["name"] in ("ours", "ours, CFG"):
-            for other in cells:
-                peer = other["name"]
-                same = place.items() <= other.items() and not peer.startswith("ours")
-                alike = other["steps"] in (0, LM_STEPS, cell["steps"])
-                if same and alike and ("CFG" in peer) == ("CFG" in cell["name"]):
-                    found.append(place | {"what": f"{peer} / {cell['name']}", "steps": cell["steps"],
-                                          "ratio": other["seconds"] / cell["seconds"]})  # fmt: skip
-    return [row | {"ratio": round(row["ratio"], 2)} for row in found]
+    """Times of others over ours, with as many steps where both have steps; and of guidance over none."""
+
+    def compared(ours: dict[str, Any], other: dict[str, Any]) -> bool:
+        if any(ours[key] != other[key] for key in ("size", "batch", "length")):
+            return False
+        if other["name"].startswith("ours"):
+            guided = ours["name"] == "ours, prompt" and "CFG" in other["name"]
+            return guided and ours["steps"] == other["steps"]
+        alike = "ours, CFG in x0" if "CFG" in other["name"] else "ours"
+        return ours["name"] == alike and other["steps"] in (0, LM_STEPS, ours["steps"])
+
+    return [
+        {key: ours[key] for key in ("size", "batch", "length", "steps")}
+        | {"what": f"{other['name']} / {ours['name']}", "ratio": round(other["seconds"] / ours["seconds"], 2)}
+        for ours, other in product(cells, cells)
+        if compared(ours, other)
+    ]
 
 
 MEMORY = """
