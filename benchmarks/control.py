@@ -124,7 +124,7 @@ def toxicity(
     scorer = Scorer(*zip(*davidson_rows(davidson), strict=True))
     sampling, plain = Sampling(steps), Sampling(steps).draw(pipe, [None] * samples, 10**6)
     words, away = Length(words=WORDS, complete=False), Toxicity(strength[-1], lexicon=str(lexicon))
-    prompts = sorted({opening(example.text) for example in rows[:: len(rows) // 40]})[:40]
+    prompts = sorted({opening(example.text) for example in rows[:: max(1, len(rows) // 40)]})[:40]
     settings: dict[str, tuple[list[Guidance], Sequence[str | None]]] = {
         **{f"classifier {s:g}": ([Toxicity(s)], [None]) for s in strength},
         "lexicon": ([Toxicity(0.0, lexicon=str(lexicon))], [None]),
@@ -142,7 +142,8 @@ def toxicity(
     for name, (modules, asked) in settings.items():
         # Success: a text begins with its prompt.
         trials = [
-            Trial(modules, begins_with(prompt) if prompt else bool, samples // len(asked), prompt) for prompt in asked
+            Trial(modules, begins_with(prompt) if prompt else bool, max(1, samples // len(asked)), prompt)
+            for prompt in asked
         ]
         drawn = control.draw_trials(pipe, trials, sampling)
         figures["settings"][name] = row(outcome(name, trials, drawn, plain, [judge]))

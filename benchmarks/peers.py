@@ -117,21 +117,23 @@ class Tight(nn.Module):
         self.down = nn.ParameterList([weight(W, 4 * W) for _ in range(self.depth)])
         rate = 10000.0 ** -(torch.arange(0, head, 2) / head)
         angle = torch.arange(length)[:, None] * rate
+        self.register_buffer("places", torch.arange(length))
         self.register_buffer("cos", angle.cos())
         self.register_buffer("sin", angle.sin())
         self.register_buffer("past", torch.zeros(self.depth, 2, batch, self.heads, length, head))
 
-    def step(self, ids: Tensor, position: int) -> Tensor:
-        """The tokens [B] that follow ids [B], the ones at a position."""
+    def step(self, ids: Tensor, position: Tensor) -> Tensor:
+        """The tokens [B] that follow ids [B], the ones at a position [1]; one shape for all, so compiled once."""
         x = F.embedding(ids, self.embeddings)
         B, W = x.shape
         cos, sin = self.cos[position], self.sin[position]
+        seen = (self.places <= position)[None]
         for i in range(self.depth):
             q, k, v = F.linear(F.rms_norm(x, (W,)), self.qkv[i]).view(B, 3, self.heads, -1).unbind(1)
-            self.past[i, 0, :, :, position] = turned(k, cos, sin)
-            self.past[i, 1, :, :, position] = v
-            keys, values = self.past[i, :, :, :, : position + 1]
-            a = F.scaled_dot_product_attention(turned(q, cos, sin)[:, :, None], keys, values)
+            self.past[i, 0].index_copy_(2, position, turned(k, cos, sin)[:, :, None])
+            self.past[i, 1].index_copy_(2, position, v[:, :, None])
+            keys, values = self.past[i]
+            a = F.scaled_dot_product_attention(turned(q, cos, sin)[:, :, None], keys, values, attn_mask=seen)
             x = x + F.linear(a.reshape(B, W), self.out[i])
             x = x + F.linear(F.relu(F.linear(F.rms_norm(x, (W,)), self.up[i])).square(), self.down[i])
         logits = F.linear(F.rms_norm(x, (W,)), self.embeddings).float()
@@ -144,8 +146,8 @@ class Tight(nn.Module):
         """Token ids [B, L]."""
         ids = torch.ones(batch, dtype=torch.long, device=self.embeddings.device)
         found = []
-        for position in range(self.past.shape[-2]):
-            ids = self.step(ids, position)
+        for position in self.places[:, None]:
+            ids = self.step(ids, position).clone()  # a recorded step writes to one place
             found.append(ids)
         return torch.stack(found, 1)
 

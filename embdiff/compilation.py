@@ -6,6 +6,8 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -32,16 +34,19 @@ def can_compile(device_type: str, note: Callable[[str], None]) -> bool:
     return True
 
 
-def compiled(call: Callable[..., Any], note: Callable[[str], None], **options: Any) -> Callable[..., Any]:
+def compiled(
+    call: Callable[..., Any], note: Callable[[str], None], dynamic: bool | None = False, pack: bool = False
+) -> Callable[..., Any]:
     """A pass of the denoiser under torch.compile; where that fails, one warning and the pass as it is.
 
-    options: of torch.compile; by default each shape is compiled apart.
+    dynamic: as torch.compile has it; False = each shape is compiled apart. pack: whether weights are taken as constants
+    and packed for the CPU's matrix units.
     """
-    state: dict[str, Callable[..., Any]] = {"call": torch.compile(call, **({"dynamic": False} | options))}
+    state: dict[str, Callable[..., Any]] = {"call": torch.compile(call, dynamic=dynamic)}
 
     def attempt(*args: Any, **kwargs: Any) -> Any:
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), packing() if pack else nullcontext():
                 warnings.simplefilter("ignore")
                 return state["call"](*args, **kwargs)
         except Exception as error:
@@ -83,7 +88,8 @@ class Forward:
 
     def count(self, positions: int, device_type: str) -> None:
         """Takes note of work done here or elsewhere, and compiles if it is time."""
-        if self.packed and self.packed != self._versions():
+        if self.packed and self.packed != versions(self.denoiser):
+            torch._dynamo.reset()  # else the same code with the old constants is found again
             self.call, self.done, self.packed = self.denoiser, 0.0, ()
         self.done += 2.0 * self.weights * positions
         due = self.done > PAYS_AFTER.get(device_type, torch.inf) if self.wanted is None else self.wanted
@@ -96,13 +102,20 @@ class Forward:
         if self.refused:
             return
         pack = device_type == "cpu"
-        options = {"options": {"freezing": True}} if pack else {}
-        self.packed = self._versions() if pack else ()
-        self.call = compiled(self.denoiser, say, dynamic=None, **options)
+        self.packed = versions(self.denoiser) if pack else ()
+        self.call = compiled(self.denoiser, say, dynamic=None, pack=pack)
 
-    def _versions(self) -> tuple[tuple[int, int], ...]:
-        """Tells whether weights were changed or replaced."""
-        return tuple((p.data_ptr(), p._version) for p in self.denoiser.parameters())
+
+def versions(module: nn.Module) -> tuple[tuple[int, int], ...]:
+    """Tells whether weights were changed, or moved, or replaced."""
+    return tuple((t.data_ptr(), t._version) for t in chain(module.parameters(), module.buffers()))
+
+
+def packing() -> Any:
+    """Where weights are constants; no option of torch.compile, for tracing looks at it before there are options."""
+    from torch._inductor import config
+
+    return config.patch(freezing=True)
 
 
 def _has_compiler() -> bool:

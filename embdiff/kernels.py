@@ -17,9 +17,10 @@ interpreter, and on a GPU where there is one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import lru_cache, wraps
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 import triton
@@ -28,7 +29,21 @@ from torch import Tensor
 
 from embdiff.ops import Posterior
 
+P = ParamSpec("P")
+T = TypeVar("T")
 ROWS, WORDS, FEATURES = 32, 64, 64  # the tile of logits, and how many features are multiplied at a time
+
+
+def on_its_device(launch: Callable[P, T]) -> Callable[P, T]:
+    """Makes the first tensor's GPU the current one, where Triton launches."""
+
+    @wraps(launch)
+    def there(*args: P.args, **kwargs: P.kwargs) -> T:
+        device = next(arg for arg in args if isinstance(arg, Tensor)).device
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            return launch(*args, **kwargs)
+
+    return there
 
 
 class Parts(NamedTuple):
@@ -56,6 +71,7 @@ class Lengths(NamedTuple):
     embeddings: Tensor
 
 
+@on_its_device
 def expectation(h: Tensor, weight: Tensor, table: Tensor, temperature: float, keep: Tensor) -> Posterior:
     """`ops.expectation` without classes and tilts. keep: [K] int64 with K of 0 to 2, on the device."""
     rows = h.reshape(-1, h.shape[-1])
@@ -69,8 +85,9 @@ def expectation(h: Tensor, weight: Tensor, table: Tensor, temperature: float, ke
     return Posterior(mean.view(*h.shape[:-1], D), kept.view(*h.shape[:-1], len(keep)))
 
 
+@on_its_device
 def parts(rows: Tensor, weight: Tensor, table: Tensor, temperature: float, keep: Tensor) -> Parts:
-    """The first kernel. rows: [R, H]; weight: [V, H], table: [V, D], in the precision of the rows; keep: [K]."""
+    """The first kernel. rows: [R, H]; weight: [V, H], table: [V, D], best in the rows' precision; keep: [K]."""
     (R, H), (V, D) = rows.shape, table.shape
     S = splits(R, V, rows.device)
     top, tempered, plain = (torch.empty((S, R), device=rows.device) for _ in range(3))
@@ -80,11 +97,12 @@ def parts(rows: Tensor, weight: Tensor, table: Tensor, temperature: float, keep:
         rows.contiguous(), weight.to(rows.dtype).contiguous(), table.to(rows.dtype).contiguous(), keep, *found,
         R, V, triton.cdiv(triton.cdiv(V, WORDS), S) * WORDS,
         H=H, D=D, K=len(keep), TEMPERED=temperature != 1.0,
-        ROWS=ROWS, WORDS=WORDS, FEATURES=FEATURES, WIDTH=_width(D), PRECISION=_precision(),
+        ROWS=ROWS, WORDS=WORDS, FEATURES=FEATURES, WIDTH=_width(D), PRECISION=precision(),
     )  # fmt: skip
     return found
 
 
+@on_its_device
 def step(
     found: Parts,
     z: Tensor,
@@ -102,7 +120,7 @@ def step(
     Args:
         found: of B L rows, or of 2 B L where scale is given: those of the main prediction, then those of the other.
         z: [B, L, D]. history: x0_prev and x0_prev2, likewise.
-        row: [7] a, b, c, d, s of equation (3), whether lengths are drawn (0 or 1), and e^length_bias.
+        row: [8] a, b, c, d, s of equation (3), whether lengths are drawn (0 or 1), e^length_bias, and nothing.
         seeds, draw: [B] int64, and which of `normal`'s draws is added; -1 = no noise.
         scale: of guidance in x0 space, other + scale (main - other); None = one branch.
     """
@@ -115,6 +133,7 @@ def step(
     )  # fmt: skip
 
 
+@on_its_device
 def normal(seeds: Tensor, draw: int, length: int, dim: int) -> Tensor:
     """eps [B, L, D] ~ N(0, I) of seeds [B] int64, 0 to 2^63 - 1: the draw of this number, 0 to 2^31 / (L D) - 1."""
     B = len(seeds)
@@ -125,6 +144,7 @@ def normal(seeds: Tensor, draw: int, length: int, dim: int) -> Tensor:
     return eps
 
 
+@on_its_device
 def argmax(h: Tensor, weight: Tensor) -> Tensor:
     """`ops.argmax`."""
     rows = h.reshape(-1, h.shape[-1])
@@ -135,7 +155,7 @@ def argmax(h: Tensor, weight: Tensor) -> Tensor:
     _argmax[(triton.cdiv(R, ROWS), S)](
         rows.contiguous(), weight.to(h.dtype).contiguous(), top, index,
         R, V, triton.cdiv(triton.cdiv(V, WORDS), S) * WORDS,
-        H=H, ROWS=ROWS, WORDS=WORDS, FEATURES=FEATURES, PRECISION=_precision(),
+        H=H, ROWS=ROWS, WORDS=WORDS, FEATURES=FEATURES, PRECISION=precision(),
     )  # fmt: skip
     return index.gather(0, top.argmax(0, keepdim=True))[0].view(h.shape[:-1])
 
@@ -143,7 +163,7 @@ def argmax(h: Tensor, weight: Tensor) -> Tensor:
 def splits(rows: int, vocabulary: int, device: torch.device) -> int:
     """Parts of the vocabulary: enough for two programs on each multiprocessor, each with four tiles at least."""
     tiles = -(-vocabulary // WORDS)
-    wanted = -(-2 * _processors(device) // -(-rows // ROWS))
+    wanted = -(-2 * _processors(device) // max(1, -(-rows // ROWS)))
     return max(1, min(wanted, tiles // 4, 64))
 
 
@@ -152,9 +172,11 @@ def _processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 4
 
 
-def _precision() -> str:
+def precision() -> str:
     """Of products of fp32 numbers; bf16 has only one."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    matmul = torch.backends.cuda.matmul
+    newer = getattr(matmul, "fp32_precision", None)  # where it exists, reading the older setting may raise
+    return "tf32" if (matmul.allow_tf32 if newer is None else newer == "tf32") else "ieee"
 
 
 def _width(dim: int) -> int:
@@ -275,7 +297,7 @@ def _eps(seeds, rows, d, real, L, draw, D: tl.constexpr):
     return tl.randn(seed[:, None], place)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["draw"])
 def _normal(seeds, eps, R, L, draw, D: tl.constexpr, ROWS: tl.constexpr,
             WIDTH: tl.constexpr):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -284,7 +306,7 @@ def _normal(seeds, eps, R, L, draw, D: tl.constexpr, ROWS: tl.constexpr,
     tl.store(eps + rows[:, None] * D + d[None, :], _eps(seeds, rows, d, rows < R, L, draw, D), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["draw"])
 def _step(top, tempered, plain, sums, kept, coldness, z, before, before_that, row, quantile, embeddings, seeds, z_next,
           x0, rows_of_main, R, S, L, draw, scale, D: tl.constexpr, GUIDED: tl.constexpr, NOISY: tl.constexpr,
           ROWS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip

@@ -3,16 +3,19 @@
     B samples   L positions   D embedding dim   N steps
 
 Each step is the denoiser and the two kernels of `embdiff.kernels`. A graph is recorded once for a shape, a solver and a
-way of guiding, and replayed for every further batch: seeds, lengths, contexts and weights are copied to the places that
-it reads. What it can't hold (constraints, vetoes, tilts, gradients, callbacks, other packages' schedulers) is left to
-`Predictor` and the scheduler, one launch at a time, with the same noise.
+way of guiding, and replayed for every further batch: seeds, lengths and contexts are copied to the places that it
+reads, and weights are read where they are. What it can't hold (constraints, vetoes, tilts, gradients, callbacks, other
+packages' schedulers) is left to `Predictor` and the scheduler, one launch at a time, with the same noise.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
+from contextlib import nullcontext
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -59,7 +62,6 @@ class Loop:
         rows: the solver's table, N rows. gammas: their noise levels.
         ends: ids of padding and the end of text.
         inputs: of the first batch, which tell the shapes; they are kept, and overwritten by those of later ones.
-        record: whether as a CUDA graph, else step by step.
     """
 
     def __init__(
@@ -69,54 +71,50 @@ class Loop:
         gammas: Sequence[float],
         ends: tuple[int, int],
         inputs: Inputs,
-        record: bool = True,
     ) -> None:
-        self.denoiser, self.network = predictor.denoiser, predictor.network
+        self.denoiser, self.call = predictor.denoiser, predictor.network.call
         self.temperature, self.inputs = predictor.temperature, inputs
         self.shape = (len(inputs.seeds), predictor.run.length, self.denoiser.dim)
         plans = distinct(predictor, gammas)
         self.plan_of_step = [next(k for k, plan in enumerate(plans) if plan is predictor.plan(g)) for g in gammas]
         self.branches = [plan.branches for plan in plans]
-        self.positions = sum(1 + len(self.branches[plan]) for plan in self.plan_of_step) * math.prod(self.shape[:2])
         # Before the first step there are no predictions: its own stands in for them.
         self.rows = [row if i else Row(row.a, row.b + row.c + row.d, s=row.s) for i, row in enumerate(rows)]
         device, odds = inputs.seeds.device, math.exp(predictor.length_bias)
         drawn = [predictor.quantile is not None and gamma > predictor.draw_above for gamma in gammas]
         self.numbers = torch.tensor(
-            [[*row, float(draws), odds] for row, draws in zip(self.rows, drawn, strict=True)], device=device
+            [[*row, float(draws), odds, 0.0] for row, draws in zip(self.rows, drawn, strict=True)], device=device
         )
         self.levels = torch.tensor(gammas, device=device)
         self.ends = torch.tensor(ends, device=device)
+        # The matched filter makes these of the weights, so they are made anew for each batch.
         self.weight = self.denoiser.output_weight().to(self.denoiser.dtype)
         self.table = self.denoiser.space.table()
+        self.narrow = self.table.to(self.denoiser.dtype)
         self.graph: Any = None
-        if record:
-            self._record()
 
     def __call__(self, inputs: Inputs) -> Tensor:
         """z [B, L, D] after the last step; the next call overwrites it."""
         for place, value in zip(self.inputs.tensors(), inputs.tensors(), strict=True):
             place.copy_(value)
-        # The other weights are read where they are.
         self.weight.copy_(self.denoiser.output_weight())
         self.table.copy_(self.denoiser.space.table())
+        self.narrow.copy_(self.table)
         if self.graph is None:
             return self._steps()
-        self.network.count(self.positions, "cuda")
         self.graph.replay()
         return self.found
 
-    def _record(self) -> None:
-        """Runs the steps twice, for libraries to choose their kernels, then records them."""
-        side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                self._steps()
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+    def record(self, stream: Any, pool: Any) -> None:
+        """Records the steps, after a run on that stream for libraries to choose their kernels."""
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._steps()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
             self.found = self._steps()
+        self.graph = graph
 
     def _steps(self) -> Tensor:
         _, L, D = self.shape
@@ -140,53 +138,70 @@ class Loop:
         plan = self.plan_of_step[i]
         given = [last, *(last if branch.self_conditioned else nothing for branch in self.branches[plan])]
         level = self.levels[i].expand(len(given) * len(z))
-        h = self.network(torch.cat([z] * len(given)), level, self.inputs.contexts[plan], torch.cat(given))
+        h: Tensor = self.call(torch.cat([z] * len(given)), level, self.inputs.contexts[plan], torch.cat(given))
         scale = None
         for branch in self.branches[plan]:
             if branch.space == "logits":
                 h = branch.combine(*h.chunk(2))
             else:
                 scale = branch.scale
-        return kernels.parts(h.flatten(0, 1), self.weight, self.table, self.temperature, self.ends), scale
+        return kernels.parts(h.flatten(0, 1), self.weight, self.narrow, self.temperature, self.ends), scale
 
 
 class Loops:
-    """The loops of a pipeline, each recorded when it is first needed; the oldest make room."""
+    """The loops of a pipeline. One is recorded when it is needed for the second time; the oldest make room.
 
-    def __init__(self) -> None:
+    All share one pool of memory, since they run one after the other.
+    """
+
+    def __init__(self, most: int = MOST_GRAPHS) -> None:
+        self.most, self.recording = most, True
         self.kept: OrderedDict[Hashable, Loop] = OrderedDict()
+        self.stream: Any = None
+        self.pool: Any = None
 
     def run(
-        self,
-        predictor: Predictor,
-        rows: Sequence[Row],
-        gammas: Sequence[float],
-        ends: tuple[int, int],
-        seeds: Tensor,
-        record: bool | None = None,
+        self, predictor: Predictor, rows: Sequence[Row], gammas: Sequence[float], ends: tuple[int, int], seeds: Tensor
     ) -> Tensor:
-        """z [B, L, D] after all steps, for seeds [B]; the arguments are those of `Loop`. record: None = on a GPU."""
-        B = len(seeds)
+        """z [B, L, D] after all steps, for seeds [B]; the other arguments are those of `Loop`."""
+        B, device = len(seeds), seeds.device
+        plans = distinct(predictor, gammas)
+        of_step = [next(k for k, plan in enumerate(plans) if plan is predictor.plan(gamma)) for gamma in gammas]
+        positions = sum(1 + len(plans[k].branches) for k in of_step) * B * predictor.run.length
+        predictor.network.count(positions, device.type)  # before anything is recorded: it may compile
         quantile = seeds.new_full((B,), 0.5, dtype=torch.float32)
         if predictor.quantile is not None:
             quantile = predictor.quantile.flatten().float()
-        plans = distinct(predictor, gammas)
         contexts = [plan.context and plan.context.widened(-(-plan.context.mask.shape[1] // 16) * 16) for plan in plans]
         inputs = Inputs(seeds, quantile, contexts).padded(bucket(B))
         denoiser = predictor.denoiser
         key = (
-            id(predictor.network.call), denoiser.dtype, denoiser.head.weight.data_ptr(), predictor.run.length,
+            id(predictor.network.call), denoiser.dtype, kernels.precision(), predictor.run.length,
             predictor.temperature, predictor.length_bias, predictor.quantile is None, predictor.draw_above,
-            tuple(rows), tuple(gammas), ends,
-            tuple(tuple(map(way, predictor.plan(gamma).branches)) for gamma in gammas),
+            tuple(rows), tuple(gammas), ends, tuple(of_step),
+            tuple(tuple(map(way, plan.branches)) for plan in plans),
             tuple(tuple(t.shape) for t in inputs.tensors()),
+            tuple(t.data_ptr() for t in chain(denoiser.parameters(), denoiser.buffers())),
         )  # fmt: skip
-        if key not in self.kept:
-            while len(self.kept) >= MOST_GRAPHS:
-                self.kept.popitem(last=False)
-            self.kept[key] = Loop(predictor, rows, gammas, ends, inputs, seeds.is_cuda if record is None else record)
-        self.kept.move_to_end(key)
-        return self.kept[key](inputs)[:B].clone()
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            if key not in self.kept:
+                while len(self.kept) >= self.most:
+                    self.kept.popitem(last=False)
+                self.kept[key] = Loop(predictor, rows, gammas, ends, inputs)
+            elif self.kept[key].graph is None and device.type == "cuda" and self.recording:
+                self._record(self.kept[key])
+            self.kept.move_to_end(key)
+            return self.kept[key](inputs)[:B].clone()
+
+    def _record(self, loop: Loop) -> None:
+        if self.pool is None:
+            self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
+        try:
+            loop.record(self.stream, self.pool)
+        except RuntimeError as error:
+            self.recording = False
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            warnings.warn(f"no CUDA graph ({reason}): going on launch by launch, which is slower", stacklevel=4)
 
 
 def bucket(count: int) -> int:
@@ -195,7 +210,8 @@ def bucket(count: int) -> int:
 
 
 def fits(predictor: Predictor, gammas: Sequence[float]) -> bool:
-    """Whether a graph can hold what is predicted at these levels: at most one branch, of a scale alone."""
+    """Whether a loop can hold what is predicted at these levels: all positions, and at most one branch, of a scale
+    alone."""
 
     def simple(plan: Plan) -> bool:
         others = plan.tilts or plan.vetoes or plan.gradients or plan.automaton is not None
@@ -206,7 +222,7 @@ def fits(predictor: Predictor, gammas: Sequence[float]) -> bool:
         apart = branch.space == "logits" or bool(predictor.kept)
         return branch.denoiser is None and branch.scale is not None and apart
 
-    return all(map(simple, distinct(predictor, gammas)))
+    return not predictor.skip_padding and all(map(simple, distinct(predictor, gammas)))
 
 
 def way(branch: Branch) -> tuple[str, float | None, bool]:

@@ -80,10 +80,11 @@ def orthogonalise(matrices: Tensor, dtype: torch.dtype = torch.float32, steps: i
         # All factors are polynomials of the first G: they commute, and X itself is needed at the end only. Half the
         # work for a long matrix; in bf16 G's small eigenvalues would be noise.
         product = torch.eye(len(gram[0]), dtype=dtype, device=x.device)
-        for _ in range(steps):
+        for left in reversed(range(steps)):
             factor = b * gram + c * gram @ gram
             factor.diagonal(dim1=-2, dim2=-1).add_(a)
-            product, gram = factor @ product, factor @ (factor @ gram)
+            product = factor @ product
+            gram = factor @ (factor @ gram) if left else gram
         x = product @ x
     else:
         for _ in range(steps):

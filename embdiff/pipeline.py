@@ -212,7 +212,8 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
                 z = solver.step(x0, t, z, return_dict=False, **source)[0]
                 if callback_on_step_end is not None:
                     changed = callback_on_step_end(self, i, t, {"latents": z, "x0": x0})
-                    z = (changed or {}).get("latents", z)
+                    if changed and "latents" in changed:
+                        z, predictor.rows = changed["latents"], None  # there may be text anywhere
                 progress.update()
 
         return self._finished(predictor, z, output_type, return_dict)

@@ -109,7 +109,9 @@ class Predictor:
         if plan.automaton is not None:
             posterior = constrained(posterior, plan.automaton, plan.strength)
         if self.skip_padding and gamma <= self.draw_above:
-            self.rows = live(posterior.kept[..., 0])
+            # What constraints ask for is seen in the posterior only while they are active.
+            seen = self.automaton is None or plan.automaton is not None
+            self.rows = live(posterior.kept[..., 0]) if seen else None
         x0 = self._x0(posterior, gamma)
         for gradient in plan.gradients:
             # E[x0 | z, y] = E[x0 | z] + (sigma^2 / alpha) grad log p(y | z), by Tweedie's formula under both.

@@ -64,7 +64,7 @@ class HostNoise:
         noise = torch.stack(drawn, 1)
         if self.device.type == "cuda" and noise.device.type == "cpu":
             noise = noise.pin_memory()
-        return list(noise.to(self.device, non_blocking=True).unbind())
+        return list(noise.to(self.device, non_blocking=noise.is_pinned()).unbind())
 
 
 class DeviceNoise:

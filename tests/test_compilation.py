@@ -80,15 +80,15 @@ def test_a_forward_pass_is_compiled_where_wanted(counted, wanted, times):
     assert len(counted) == times
 
 
-def test_packed_weights_that_change_are_packed_anew(counted):
+def test_packed_weights_that_change_are_packed_anew():
+    if not compilation._has_compiler():
+        pytest.skip("no C++ compiler")
     forward, z, gamma = compilation.Forward(small(), True), torch.randn(2, 5, 8), torch.randn(2)
-    forward(z, gamma)
-    forward(z, gamma)
-    assert counted == [{"dynamic": None, "options": {"freezing": True}}]
     with torch.no_grad():
-        forward.denoiser.final.weight.mul_(2)
-    forward(z, gamma)
-    assert len(counted) == 2
+        for _ in range(2):
+            assert torch.allclose(forward(z, gamma), forward.denoiser(z, gamma), atol=1e-4)
+            assert forward.packed
+            forward.denoiser.final.weight.mul_(2)
 
 
 def test_without_a_compiler_a_forward_pass_warns_once(monkeypatch):

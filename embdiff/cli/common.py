@@ -108,7 +108,7 @@ def reuse_memory() -> None:
         with suppress(AttributeError):  # other C libraries have no mallopt
             libc = ctypes.CDLL(None)
             libc.mallopt(-4, 0)  # M_MMAP_MAX: map nothing apart
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give back what exceeds 2 GiB
 
 
 def device(name: str) -> torch.device:

@@ -61,7 +61,8 @@ class Away(Guidance):
 
     def branch(self, context: Context | None, denoiser: Denoiser | None = None, **options: Any) -> Branch:
         """The branch of who knows less."""
-        scale = self.scale if self.linear else None
+        own = type(self).combine is Away.combine and type(self).combine_means is Away.combine_means
+        scale = self.scale if self.linear and own else None
         return Branch(self.combine, self.space, context, denoiser, means=self.combine_means, scale=scale, **options)
 
     def combine(self, main: Tensor, other: Tensor) -> Tensor:
