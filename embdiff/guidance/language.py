@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 CLOSING = "\"')]}\u201d\u2019"
 OTHER_LETTER, OTHER_MARK = "\0", "\1"  # for characters that no phrase has
+PART = "\ufffd"  # what a token adds that is a part of a character
 
 State = Any  # hashable, and so is a symbol
 Symbol = Any
@@ -80,7 +81,7 @@ class CharacterCount(TokenCount):
     """Texts of so many characters. Tokens that are a part of a character are left out: only several would count one."""
 
     def symbol(self, text: str) -> Symbol:
-        return None if "\ufffd" in text else len(text)
+        return None if PART in text else len(text)
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,8 @@ class Phrases:
             found, inside = run[0], (run.start() > 0, run.end() < len(text))
             if found[0].isspace():
                 plain.append(" ")
+            elif found == PART:
+                plain.append(OTHER_LETTER)  # with the next token's it may become one
             elif is_word(found[0]):
                 plain.append(found if self._matters(found, *inside) else OTHER_LETTER)
             else:

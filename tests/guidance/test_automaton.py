@@ -114,3 +114,10 @@ def test_what_no_text_has_is_refused():
         Automaton.of([WordCount([Span(9, 9)])], TEXTS, 1, LENGTH, "length 9")
     with pytest.raises(UserError, match="sample 1"):
         Automaton.of([WordCount([Span(2, 2), Span(5, 5)])], TEXTS, 2, LENGTH, "lengths")
+
+
+def test_a_part_of_a_character_beside_a_phrase_may_become_a_letter():
+    language = Phrases(["cat"])
+    assert is_in(language, ["cat", " ", "\ufffd"])
+    assert not is_in(language, ["\ufffd", "cat"])
+    assert not is_in(language, ["cat", "\ufffd"])
