@@ -26,12 +26,13 @@ from typing import Any, NamedTuple
 
 import torch
 import typer
-from common import write
+from common import generators, write
 from peers import Naive, Tight, flops, generate, matrix_rate
 
 from embdiff import ops, vocabulary
 from embdiff.baselines import MaskedModel
 from embdiff.batches import Prompts
+from embdiff.cli.common import dtype as precision
 from embdiff.cli.common import quiet, reuse_memory
 from embdiff.denoiser import SIZES, Denoiser
 from embdiff.guidance import ClassifierFreeGuidance
@@ -69,7 +70,7 @@ def main(
     quiet()
     reuse_memory()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(dtype) or ops.fast_dtype(device.type)
+    kind = precision(dtype, device)
     rate, plain_rate = matrix_rate(kind, device), matrix_rate(torch.float32, device)
     figures: dict[str, Any] = {
         "dtype": str(kind), "compile": compile, "matrix_rate": rate, "matrix_rate_fp32": plain_rate,
@@ -91,10 +92,7 @@ def main(
                 for cell, seconds in zip(cells, medians, strict=True):
                     what = {"name": cell.name, "steps": cell.steps, "seconds": seconds}
                     figures["cells"].append(place | what | {"tokens_per_second": texts * tokens / seconds})
-                figures["parts"].append(
-                    {"size": name, "batch": texts, "length": tokens}
-                    | parts(pipe, name, words, texts, tokens, rate, rounds)
-                )
+                figures["parts"].append(place | parts(pipe, name, words, texts, tokens, rate, rounds))
                 write(results, figures)
     figures["ratios"] = ratios(figures["cells"])
     figures["memory"] = memory()
@@ -160,7 +158,7 @@ def contestants(
     for n in steps:
         yield Cell("ours", n, ours(n), n * work)
         yield Cell("naive", n, lambda n=n: naive(batch, length, n), n * work)
-        yield Cell("masked", n, lambda n=n: masked.sample(generators(batch), steps=n), n * work)
+        yield Cell("masked", n, lambda n=n: masked.sample(generators(0, batch), steps=n), n * work)
         yield Cell("ours, prompt", n, ours(n, PROMPT), n * work)
         for name, module in guidance.items():
             yield Cell(
@@ -175,11 +173,6 @@ def contestants(
     if compile:
         tight.step = torch.compile(tight.step, mode="reduce-overhead" if device.type == "cuda" else None)
     yield Cell("tight", 0, lambda: tight(batch), work)
-
-
-def generators(count: int) -> list[torch.Generator]:
-    """One for each text."""
-    return [torch.Generator().manual_seed(seed) for seed in range(count)]
 
 
 def timed(runs: list[Callable[[], object]], rounds: int) -> list[float]:

@@ -18,9 +18,9 @@ interpreter, and on a GPU where there is one.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, wraps
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import triton
@@ -34,13 +34,17 @@ T = TypeVar("T")
 ROWS, WORDS, FEATURES = 32, 64, 64  # the tile of logits, and how many features are multiplied at a time
 
 
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a GPU the current one, where Triton launches and torch records."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def on_its_device(launch: Callable[P, T]) -> Callable[P, T]:
-    """Makes the first tensor's GPU the current one, where Triton launches."""
+    """Launches on the first tensor's device."""
 
     @wraps(launch)
     def there(*args: P.args, **kwargs: P.kwargs) -> T:
-        device = next(arg for arg in args if isinstance(arg, Tensor)).device
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        with on(next(arg for arg in args if isinstance(arg, Tensor)).device):
             return launch(*args, **kwargs)
 
     return there

@@ -3,9 +3,10 @@
     B samples   L positions   D embedding dim   N steps
 
 Each step is the denoiser and the two kernels of `embdiff.kernels`. A graph is recorded once for a shape, a solver and a
-way of guiding, and replayed for every further batch: seeds, lengths and contexts are copied to the places that it
-reads, and weights are read where they are. What it can't hold (constraints, vetoes, tilts, gradients, callbacks, other
-packages' schedulers) is left to `Predictor` and the scheduler, one launch at a time, with the same noise.
+way of guiding, and replayed for every further batch: seeds, lengths, contexts and the weights of the vocabulary are
+copied to the places that it reads; other weights are read where they are. What it can't hold (constraints, vetoes,
+tilts, gradients, callbacks, other packages' schedulers) is left to `Predictor` and the scheduler, one launch at a time,
+with the same noise.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from contextlib import nullcontext
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -32,15 +32,21 @@ MOST_GRAPHS = 8  # that are kept: each holds the activations of its steps
 
 
 class Inputs(NamedTuple):
-    """What differs from batch to batch. seeds: [B] int64; quantile: [B] in (0, 1); contexts: of each plan."""
+    """What differs from batch to batch, or is made of weights.
+
+    seeds: [B] int64; quantile: [B] in (0, 1); weight: of the output, [V, W + D]; table: E [V, D]; contexts: of each
+    plan.
+    """
 
     seeds: Tensor
     quantile: Tensor
+    weight: Tensor
+    table: Tensor
     contexts: list[Context | None]
 
     def tensors(self) -> list[Tensor]:
         """All of them, in a fixed order."""
-        return [self.seeds, self.quantile, *(t for context in self.contexts for t in context or ())]
+        return [*self[:-1], *(t for context in self.contexts for t in context or ())]
 
     def padded(self, count: int) -> Inputs:
         """With further samples, whose texts nobody reads."""
@@ -51,7 +57,7 @@ class Inputs(NamedTuple):
             return F.pad(by_branch, (*(0, 0) * (tensor.ndim - dim - 1), 0, count - B)).flatten(dim, dim + 1)
 
         contexts = [c and Context(wide(c.keys, 1), wide(c.values, 1), wide(c.mask, 0)) for c in self.contexts]
-        return Inputs(wide(self.seeds, 0), wide(self.quantile, 0), contexts)
+        return self._replace(seeds=wide(self.seeds, 0), quantile=wide(self.quantile, 0), contexts=contexts)
 
 
 class Loop:
@@ -72,11 +78,9 @@ class Loop:
         ends: tuple[int, int],
         inputs: Inputs,
     ) -> None:
-        self.denoiser, self.call = predictor.denoiser, predictor.network.call
-        self.temperature, self.inputs = predictor.temperature, inputs
-        self.shape = (len(inputs.seeds), predictor.run.length, self.denoiser.dim)
-        plans = distinct(predictor, gammas)
-        self.plan_of_step = [next(k for k, plan in enumerate(plans) if plan is predictor.plan(g)) for g in gammas]
+        self.call, self.temperature, self.inputs = predictor.network.call, predictor.temperature, inputs
+        self.length, self.dim = predictor.run.length, predictor.denoiser.dim
+        plans, self.plan_of_step = distinct(predictor, gammas)
         self.branches = [plan.branches for plan in plans]
         # Before the first step there are no predictions: its own stands in for them.
         self.rows = [row if i else Row(row.a, row.b + row.c + row.d, s=row.s) for i, row in enumerate(rows)]
@@ -87,19 +91,12 @@ class Loop:
         )
         self.levels = torch.tensor(gammas, device=device)
         self.ends = torch.tensor(ends, device=device)
-        # The matched filter makes these of the weights, so they are made anew for each batch.
-        self.weight = self.denoiser.output_weight().to(self.denoiser.dtype)
-        self.table = self.denoiser.space.table()
-        self.narrow = self.table.to(self.denoiser.dtype)
         self.graph: Any = None
 
     def __call__(self, inputs: Inputs) -> Tensor:
         """z [B, L, D] after the last step; the next call overwrites it."""
         for place, value in zip(self.inputs.tensors(), inputs.tensors(), strict=True):
             place.copy_(value)
-        self.weight.copy_(self.denoiser.output_weight())
-        self.table.copy_(self.denoiser.space.table())
-        self.narrow.copy_(self.table)
         if self.graph is None:
             return self._steps()
         self.graph.replay()
@@ -117,13 +114,13 @@ class Loop:
         self.graph = graph
 
     def _steps(self) -> Tensor:
-        _, L, D = self.shape
-        lengths = kernels.Lengths(self.inputs.quantile, self.table[self.ends])
-        z = kernels.normal(self.inputs.seeds, 0, L, D)
+        lengths = kernels.Lengths(self.inputs.quantile, self.inputs.table[self.ends])
+        table = self.inputs.table.to(self.inputs.weight.dtype)  # here, so that it is done once
+        z = kernels.normal(self.inputs.seeds, 0, self.length, self.dim)
         before = before_that = nothing = torch.zeros_like(z)
         draw = 1
         for i, row in enumerate(self.rows):
-            found, scale = self._parts(z, i, before, nothing)
+            found, scale = self._parts(z, i, table, before, nothing)
             z_next, x0 = torch.empty_like(z), torch.empty_like(z)
             kernels.step(
                 found, z, (before, before_that), self.numbers[i], lengths, self.inputs.seeds, draw if row.s else -1,
@@ -133,7 +130,9 @@ class Loop:
             z, before, before_that = z_next, x0, before if i else x0
         return z
 
-    def _parts(self, z: Tensor, i: int, last: Tensor, nothing: Tensor) -> tuple[kernels.Parts, float | None]:
+    def _parts(
+        self, z: Tensor, i: int, table: Tensor, last: Tensor, nothing: Tensor
+    ) -> tuple[kernels.Parts, float | None]:
         """The posterior of a step under all its branches, and their scale where they are combined afterwards."""
         plan = self.plan_of_step[i]
         given = [last, *(last if branch.self_conditioned else nothing for branch in self.branches[plan])]
@@ -145,7 +144,7 @@ class Loop:
                 h = branch.combine(*h.chunk(2))
             else:
                 scale = branch.scale
-        return kernels.parts(h.flatten(0, 1), self.weight, self.narrow, self.temperature, self.ends), scale
+        return kernels.parts(h.flatten(0, 1), self.inputs.weight, table, self.temperature, self.ends), scale
 
 
 class Loops:
@@ -165,16 +164,15 @@ class Loops:
     ) -> Tensor:
         """z [B, L, D] after all steps, for seeds [B]; the other arguments are those of `Loop`."""
         B, device = len(seeds), seeds.device
-        plans = distinct(predictor, gammas)
-        of_step = [next(k for k, plan in enumerate(plans) if plan is predictor.plan(gamma)) for gamma in gammas]
+        plans, of_step = distinct(predictor, gammas)
         positions = sum(1 + len(plans[k].branches) for k in of_step) * B * predictor.run.length
         predictor.network.count(positions, device.type)  # before anything is recorded: it may compile
         quantile = seeds.new_full((B,), 0.5, dtype=torch.float32)
         if predictor.quantile is not None:
             quantile = predictor.quantile.flatten().float()
         contexts = [plan.context and plan.context.widened(-(-plan.context.mask.shape[1] // 16) * 16) for plan in plans]
-        inputs = Inputs(seeds, quantile, contexts).padded(bucket(B))
         denoiser = predictor.denoiser
+        inputs = Inputs(seeds, quantile, predictor.weights[denoiser], predictor.table, contexts).padded(bucket(B))
         key = (
             id(predictor.network.call), denoiser.dtype, kernels.precision(), predictor.run.length,
             predictor.temperature, predictor.length_bias, predictor.quantile is None, predictor.draw_above,
@@ -183,7 +181,7 @@ class Loops:
             tuple(tuple(t.shape) for t in inputs.tensors()),
             tuple(t.data_ptr() for t in chain(denoiser.parameters(), denoiser.buffers())),
         )  # fmt: skip
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        with kernels.on(device):
             if key not in self.kept:
                 while len(self.kept) >= self.most:
                     self.kept.popitem(last=False)
@@ -222,7 +220,7 @@ def fits(predictor: Predictor, gammas: Sequence[float]) -> bool:
         apart = branch.space == "logits" or bool(predictor.kept)
         return branch.denoiser is None and branch.scale is not None and apart
 
-    return not predictor.skip_padding and all(map(simple, distinct(predictor, gammas)))
+    return not predictor.skip_padding and all(map(simple, distinct(predictor, gammas)[0]))
 
 
 def way(branch: Branch) -> tuple[str, float | None, bool]:
@@ -230,10 +228,8 @@ def way(branch: Branch) -> tuple[str, float | None, bool]:
     return branch.space, branch.scale, branch.self_conditioned
 
 
-def distinct(predictor: Predictor, gammas: Sequence[float]) -> list[Plan]:
-    """The plans of a run, each once."""
-    plans: list[Plan] = []
-    for gamma in gammas:
-        if not any(plan is predictor.plan(gamma) for plan in plans):
-            plans.append(predictor.plan(gamma))
-    return plans
+def distinct(predictor: Predictor, gammas: Sequence[float]) -> tuple[list[Plan], list[int]]:
+    """The plans of a run, each once, and which of them each step follows."""
+    of_steps = [predictor.plan(gamma) for gamma in gammas]
+    plans = list({id(plan): plan for plan in of_steps}.values())
+    return plans, [next(k for k, plan in enumerate(plans) if plan is own) for own in of_steps]

@@ -281,7 +281,7 @@ def predicted(
 ) -> Tensor:
     """Features at one noise level, [B, L, ..] or of some rows [R, ..]."""
     level = torch.full((1 if rows is not None else len(z),), gamma, dtype=torch.float32, device=z.device)
-    return network(z, level, context, self_cond, **({} if rows is None else {"rows": rows}))
+    return network(z, level, context, self_cond, rows=rows)
 
 
 SURE, MARGIN = 0.99, 2
