@@ -86,7 +86,7 @@ def e2e(
     figures: dict[str, Any] = {"steps": steps, "strength": strength, "labels": len(asked), "controls": {}}
     for name, trials in demands.items():
         found = outcome(name, trials, control.draw_trials(pipe, trials, sampling), unguided, judges)
-        figures["controls"][name] = row(found) | {"cost": round(cost(pipe, trials[0], sampling, rounds), 3)}
+        figures["controls"][name] = row(found, cost(pipe, trials[0], sampling, rounds))
         write(results, figures)
 
 
@@ -146,9 +146,9 @@ def toxicity(
             for prompt in asked
         ]
         drawn = control.draw_trials(pipe, trials, sampling)
-        figures["settings"][name] = row(outcome(name, trials, drawn, plain, [judge]))
-        figures["settings"][name] |= shares([text for part in drawn for text in part], scorer, lexicon)
-        figures["settings"][name]["cost"] = round(cost(pipe, trials[0], sampling, rounds), 3)
+        found = outcome(name, trials, drawn, plain, [judge])
+        toxic = shares([text for part in drawn for text in part], scorer, lexicon)
+        figures["settings"][name] = row(found, cost(pipe, trials[0], sampling, rounds)) | toxic
         write(results, figures)
 
 
@@ -181,14 +181,14 @@ def texts(path: Path) -> list[str]:
     return [example.text for example in read_examples(str(path))]
 
 
-def row(found: Outcome) -> dict[str, Any]:
-    """An outcome, rounded."""
+def row(found: Outcome, cost: float) -> dict[str, Any]:
+    """An outcome and the cost of a step, rounded."""
 
     def short(value: Any) -> Any:
         return {k: short(v) for k, v in value.items()} if isinstance(value, dict) else (
             round(value, 4) if isinstance(value, float) else value)  # fmt: skip
 
-    return {name: short(value) for name, value in found._asdict().items()}
+    return {name: short(value) for name, value in found._asdict().items()} | {"cost": round(cost, 3)}
 
 
 def ensure_classifier(

@@ -11,6 +11,7 @@ Each peer is written as its kind is commonly written, without anything that slow
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -53,10 +54,9 @@ class Naive:
             if self.scale != 1.0:
                 other = self.predict(z, gamma, x0, table, False)
                 found = other + self.scale * (found - other)
-            x0 = table[torch.cdist(found.flatten(0, 1), table).argmin(-1)].view_as(z) if to_nearest else found
+            x0 = table[nearest(found, table)] if to_nearest else found
             z = scheduler.step(x0, t, z).prev_sample
-        ids: Tensor = torch.cdist(z.flatten(0, 1), table).argmin(-1).view(batch, length)
-        return ids
+        return nearest(z, table)
 
     def predict(self, z: Tensor, gamma: Tensor, x0: Tensor, table: Tensor, prompted: bool) -> Tensor:
         """softmax(logits) E, with the prompt in front of the text in one joint pass."""
@@ -72,6 +72,12 @@ class Naive:
             known=known, present=present, positions=torch.cat([self.prompts.positions, text], 1),
         )  # fmt: skip
         return self.denoiser.logits(h[:, C:]).softmax(-1) @ table
+
+
+def nearest(x: Tensor, table: Tensor) -> Tensor:
+    """The ids [B, L] of the embeddings that are nearest to points x [B, L, D], as Diffusion-LM finds them."""
+    ids: Tensor = torch.cdist(x.flatten(0, 1), table).argmin(-1).view(x.shape[:-1])
+    return ids
 
 
 def generate(
@@ -167,8 +173,6 @@ def flops(size: dict[str, int], vocabulary: int, length: int) -> float:
 
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
     """Multiplications and additions a second of a large matrix product: the best of some."""
-    import time
-
     n = 8192 if device.type == "cuda" else 1536
     a, b = torch.randn(n, n, device=device).to(dtype), torch.randn(n, n, device=device).to(dtype)
     best = math.inf
