@@ -2,30 +2,34 @@
 
     python benchmarks/e2e_text.py DATA --output runs/e2e                 train 15 minutes on two idle cores
     python benchmarks/e2e_text.py DATA --output runs/e2e --max-steps 3900       or so many steps where cores are slow
-    python benchmarks/e2e_text.py DATA --output runs/e2e                        again: continues, or only measures
+    python benchmarks/e2e_text.py DATA --output runs/e2e --steps 8 --solver unipc    again: continues, or only measures
+    embdiff sample runs/e2e --num-samples 40000 --output drawn.jsonl
+    python benchmarks/e2e_text.py DATA --output runs/e2e --drawn drawn.jsonl         what do so many texts cover?
 
 DATA is a folder with the E2E set's train.txt and valid.txt, one word-tokenised text a line.
 
 Protocol. The vocabulary is every word seen more than 10 times in training, the rest `<unk>`, and four specials: 821
 entries. What is measured is what `embdiff eval` measures: the bound over every line of valid.txt, 64 positions each,
 with two-pass self-conditioning; samples by seeds 0, 1, .. beside as many random lines of valid.txt (the file is sorted
-by meaning, so its head is not typical), judged by an interpolated Kneser-Ney 5-gram of train.txt.
+by meaning, so its head is not typical), judged by an interpolated Kneser-Ney 5-gram of train.txt. Coverage: all of
+valid.txt under a 5-gram of samples, beside one of train.txt. Figures of one model add up in one file.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import typer
-from common import trained, training_facts, write
+from common import real_texts, trained, training_facts, write
 
 from embdiff.cli.common import seconds, set_scheduler
 from embdiff.config import TrainConfig
 from embdiff.data import read_examples
 from embdiff.evaluation.judges import NGramJudge
+from embdiff.evaluation.ngram import NGram
 from embdiff.evaluation.report import Protocol, evaluate
-from embdiff.evaluation.samples import as_written
 
 
 def main(
@@ -40,9 +44,10 @@ def main(
     solver: str | None = typer.Option(None, help="By default the model's own scheduler."),
     temperature: float | None = typer.Option(None, help="By default the model's own."),
     bound: int | None = typer.Option(None, help="Validation lines for the bound; all by default."),
-    results: Path = typer.Option(Path("benchmarks/results/e2e_text.json"), help="Where the figures go."),
+    drawn: Path | None = typer.Option(None, help="Samples to measure the coverage of, instead of drawing."),
+    results: Path = typer.Option(Path("benchmarks/results/e2e_text.json"), help="Where the figures go; added to."),
 ) -> None:
-    """Trains, evaluates, prints the figures and writes them to --results; samples go into the run's folder."""
+    """Trains, evaluates, prints the figures and adds them to --results; samples go into the run's folder."""
     config = TrainConfig(
         data=str(data / "train.txt"), validation=str(data / "valid.txt"), tokenizer="word", min_count=11,
         size=size, max_length=64, batch_size=batch_size, infill=0.0, save_every=200,
@@ -50,18 +55,31 @@ def main(
     )  # fmt: skip
     pipe = trained(output, config)
     set_scheduler(pipe, solver)
-    valid = read_examples(str(data / "valid.txt"))
-    train = [example.text for example in read_examples(str(data / "train.txt"))]
-    judge = NGramJudge(as_written(pipe.tokenizer, train))
-    figures: dict[str, Any] = {}
+    facts = training_facts(output, pipe.denoiser)
+    figures: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {}
+    if figures.get("training") != facts:  # of another model
+        figures = {"training": facts}
+    train, valid = (real_texts(pipe, data / f"{name}.txt") for name in ("train", "valid"))
+    if drawn is not None:
+        texts = [json.loads(line)["text"] for line in drawn.read_text(encoding="utf-8").splitlines()]
+        figures["coverage"] = {"texts": len(texts), "samples": coverage(texts, valid), "train": coverage(train, valid)}
+        write(results, figures)
+        return
     for n in steps:
-        protocol = Protocol(samples, n, bound_texts=0 if figures else bound, options={"temperature": temperature})
-        found = evaluate(pipe, valid, [judge], protocol, train=train)
-        texts = [drawn["text"] for drawn in found.pop("texts")]
-        (output / f"samples-{n}.txt").write_text("\n".join(texts) + "\n")
-        figures |= {"likelihood": found["likelihood"], "real": found["real"]} if not figures else {}
-        figures[f"{n} steps"] = {"samples": found["samples"], "run": found["run"], "protocol": found["protocol"]}
-        write(results, figures | {"training": training_facts(output, pipe.denoiser)})
+        protocol = Protocol(samples, n, bound_texts=0 if "likelihood" in figures else bound,
+                            options={"temperature": temperature})  # fmt: skip
+        found = evaluate(pipe, read_examples(str(data / "valid.txt")), [NGramJudge(train)], protocol, train=train)
+        sampler = f"{solver or 'default'}, {n} steps, temperature {temperature or found['run']['temperature']:g}"
+        (output / f"{sampler}.txt").write_text("\n".join(each["text"] for each in found.pop("texts")) + "\n")
+        figures = {"likelihood": found["likelihood"], "real": found["real"]} | figures
+        figures[sampler] = {"samples": found["samples"], "run": found["run"], "protocol": found["protocol"]}
+        write(results, figures)
+
+
+def coverage(texts: list[str], valid: list[str]) -> float:
+    """Nats a word and end of `valid` under a 5-gram of texts."""
+    words = {word for text in valid for word in text.split()}
+    return round(NGram.fit(texts, order=5, vocabulary=words).cross_entropy(valid), 4)
 
 
 if __name__ == "__main__":
