@@ -22,14 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from common import real_texts, trained, training_facts, write
+from common import trained, training_facts, write
 
 from embdiff.cli.common import seconds, set_scheduler
 from embdiff.config import TrainConfig
 from embdiff.data import read_examples
 from embdiff.evaluation.judges import NGramJudge
-from embdiff.evaluation.ngram import NGram
-from embdiff.evaluation.report import Protocol, evaluate
+from embdiff.evaluation.report import Protocol, evaluate, reverse_cross_entropy
+from embdiff.evaluation.samples import as_written
 
 
 def main(
@@ -59,27 +59,23 @@ def main(
     figures: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {}
     if figures.get("training") != facts:  # of another model
         figures = {"training": facts}
-    train, valid = (real_texts(pipe, data / f"{name}.txt") for name in ("train", "valid"))
+    train, valid = (read_examples(str(data / f"{name}.txt")) for name in ("train", "valid"))
+    written, real = (as_written(pipe.tokenizer, [each.text for each in examples]) for examples in (train, valid))
     if drawn is not None:
         texts = [json.loads(line)["text"] for line in drawn.read_text(encoding="utf-8").splitlines()]
-        figures["coverage"] = {"texts": len(texts), "samples": coverage(texts, valid), "train": coverage(train, valid)}
-        write(results, figures)
+        found = {"samples": reverse_cross_entropy(texts, real), "train": reverse_cross_entropy(written, real)}
+        write(results, figures | {"coverage": {"texts": len(texts)} | found})
         return
+    judge = NGramJudge(written)
     for n in steps:
-        protocol = Protocol(samples, n, bound_texts=0 if "likelihood" in figures else bound,
+        protocol = Protocol(samples, n, bound_texts=0 if figures.get("likelihood") else bound,
                             options={"temperature": temperature})  # fmt: skip
-        found = evaluate(pipe, read_examples(str(data / "valid.txt")), [NGramJudge(train)], protocol, train=train)
+        found = evaluate(pipe, valid, [judge], protocol, train=[each.text for each in train])
         sampler = f"{solver or 'default'}, {n} steps, temperature {temperature or found['run']['temperature']:g}"
         (output / f"{sampler}.txt").write_text("\n".join(each["text"] for each in found.pop("texts")) + "\n")
-        figures = {"likelihood": found["likelihood"], "real": found["real"]} | figures
-        figures[sampler] = {"samples": found["samples"], "run": found["run"], "protocol": found["protocol"]}
+        figures["likelihood"] = figures.get("likelihood") or found["likelihood"]
+        figures[sampler] = {name: found[name] for name in ("samples", "real", "run", "protocol")}
         write(results, figures)
-
-
-def coverage(texts: list[str], valid: list[str]) -> float:
-    """Nats a word and end of `valid` under a 5-gram of texts."""
-    words = {word for text in valid for word in text.split()}
-    return round(NGram.fit(texts, order=5, vocabulary=words).cross_entropy(valid), 4)
 
 
 if __name__ == "__main__":
