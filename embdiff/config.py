@@ -58,6 +58,7 @@ class TrainConfig:
     warmup: int = 100
     decay: float = 0.5
     clip: float = 1.0
+    dropout: float = 0.0
     ema: float = 0.999
 
     objective: str = "ce"
@@ -104,6 +105,8 @@ class TrainConfig:
                 raise UserError(f"{name} {value} is out of range: give 1 or more")
         if not 0 <= self.ema < 1:
             raise UserError(f"ema {self.ema} is out of range: give a decay from 0 (off) to below 1")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout {self.dropout} is out of range: give a share from 0 (off) to below 1")
 
     @property
     def steps(self) -> int | None:
@@ -185,7 +188,7 @@ LARGEST = 2**63 - 1  # torch's seeds and sizes are 64-bit
 DECISIVE = (
     "tokenizer", "vocab_size", "min_count", "on_long",
     "optimizer", "objective", "schedule", "seed", "batch_size", "accumulate", "draws", "window", "self_condition",
-    "drop_prompt", "infill", "filter_ramp",
+    "drop_prompt", "dropout", "infill", "filter_ramp",
 )  # fmt: skip
 
 

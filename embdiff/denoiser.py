@@ -279,6 +279,7 @@ class Block(nn.Module):
             raise UserError(f"width {width} with {heads} heads: each head needs the same even number of dimensions")
         self.heads, self.head_width = heads, width // heads
         self.gradient_checkpointing = False  # set by diffusers' `enable_gradient_checkpointing`
+        self.dropout = 0.0  # of what attention and MLP add; set by training, and acts where gradients are taken
         self.modulation = nn.Linear(condition_width, 6 * width, bias=False)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.attention_out = nn.Linear(width, width, bias=False)
@@ -306,10 +307,14 @@ class Block(nn.Module):
         all_k, all_v = (k, v) if past is None else (torch.cat([past[0], k], 2), torch.cat([past[1], v], 2))
         a = ops.attention(q, all_k, all_v, mask).transpose(1, 2).flatten(2)
         a = a if places is None else places.gather(a)
-        x = x + (1 + gate_a) * self.attention_out(a)
+        x = x + self._dropped((1 + gate_a) * self.attention_out(a))
 
         m = F.relu(self.mlp_in(modulate(x, shift_m, scale_m))).square()
-        return x + (1 + gate_m) * self.mlp_out(m), k, v
+        return x + self._dropped((1 + gate_m) * self.mlp_out(m)), k, v
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        active = self.training and torch.is_grad_enabled() and self.dropout > 0
+        return F.dropout(x, self.dropout) if active else x
 
 
 def through_blocks(

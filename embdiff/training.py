@@ -234,6 +234,8 @@ class Trainer:
         self.model = self.objective.model.to(self.device)
         if config.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
+        for block in self.model.blocks:
+            block.dropout = config.dropout
         self.window = Window.fitting(self.train_set, 0.0 if self.objective.whole else config.window)
         self.dtype = self._dtype()
         self.names = {p: name for name, p in self.model.named_parameters()}
@@ -424,6 +426,8 @@ class Trainer:
         config = self.config
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         generator = np.random.default_rng((config.seed, step, part))
+        if config.dropout:  # drawn from torch's own generator
+            torch.manual_seed(int(np.random.SeedSequence((config.seed, step, part, rank)).generate_state(1)[0]))
         turn = step * config.accumulate + part
         length = self.window.at(turn)
         # Where there are prompts, each is encoded once for several noise levels of its text.

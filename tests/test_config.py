@@ -20,6 +20,7 @@ from embdiff.objectives import OBJECTIVES
         ("lr", -1.0),
         ("lr", math.nan),
         ("ema", 1.0),
+        ("dropout", 1.0),
         ("max_time", 0.0),
         ("weight_decay", math.nan),
         ("weight_decay", math.inf),

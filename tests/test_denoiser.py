@@ -148,6 +148,20 @@ def test_save_and_load_keep_every_weight(model, tmp_path):
         assert torch.equal(p, q)
 
 
+def test_dropout_acts_in_training_alone_and_only_where_gradients_are_taken():
+    model = lively(Denoiser(V, dim=16, width=32, depth=2, heads=4, condition_width=16))
+    _, _, _, z, gamma, _ = draw(0)
+    z, gamma = z.float(), gamma.float()
+    plain = model(z, gamma)
+    for block in model.blocks:
+        block.dropout = 0.3
+    assert torch.equal(model.eval()(z, gamma), plain)
+    model.train()
+    assert not torch.allclose(model(z, gamma), plain)
+    with torch.no_grad():  # the first pass of self-conditioning is as in sampling
+        assert torch.equal(model(z, gamma), plain)
+
+
 def test_gradient_checkpointing_changes_no_gradient_and_keeps_less(model):
     prompt, present, positions, z, gamma, self_cond = draw(0)
     found = []

@@ -54,6 +54,7 @@ def train(
     lr: float | None = typer.Option(None, help="Learning rate of AdamW's parameters."),
     matrix_lr: float | None = typer.Option(None, help="Learning rate of Muon's matrices."),
     ema: float | None = typer.Option(None, help="Decay of the weight average, 0 = off."),
+    dropout: float | None = typer.Option(None, help="Share of each layer's output that is dropped, for small data."),
     window: float | None = typer.Option(None, help="Share of steps that look at the first positions only."),
     self_condition: float | None = typer.Option(None, help="Share of steps with self-conditioning."),
     objective: str | None = typer.Option(None, help=OBJECTIVE_HELP),
