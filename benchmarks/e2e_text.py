@@ -10,9 +10,9 @@ DATA is a folder with the E2E set's train.txt and valid.txt, one word-tokenised 
 
 Protocol. The vocabulary is every word seen more than 10 times in training, the rest `<unk>`, and four specials: 821
 entries. What is measured is what `embdiff eval` measures: the bound over every line of valid.txt, 64 positions each,
-with two-pass self-conditioning; samples by seeds 0, 1, .. beside as many random lines of valid.txt (the file is sorted
-by meaning, so its head is not typical), judged by an interpolated Kneser-Ney 5-gram of train.txt. Coverage: all of
-valid.txt under a 5-gram of samples, beside one of train.txt. Figures of one model add up in one file.
+with three passes of self-conditioning; samples by seeds 0, 1, .. beside as many random lines of valid.txt (the file is
+sorted by meaning, so its head is not typical), judged by an interpolated Kneser-Ney 5-gram of train.txt. Coverage: all
+of valid.txt under a 5-gram of samples, beside one of train.txt. Figures of one model add up in one file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 import typer
 from common import trained, training_facts, write
 
-from embdiff.cli.common import seconds, set_scheduler
+from embdiff.cli.common import parsed, seconds, set_scheduler
 from embdiff.config import TrainConfig
 from embdiff.data import read_examples
 from embdiff.evaluation.judges import NGramJudge
@@ -43,7 +43,9 @@ def main(
     steps: list[int] = typer.Option([32], help="Sampling steps; give it several times."),
     solver: str | None = typer.Option(None, help="By default the model's own scheduler."),
     temperature: float | None = typer.Option(None, help="By default the model's own."),
+    guidance: list[str] = typer.Option([], help="As in embdiff sample: autoguidance:scale=1.25."),
     bound: int | None = typer.Option(None, help="Validation lines for the bound; all by default."),
+    levels: int = typer.Option(12, help="Noise levels for each of them."),
     drawn: Path | None = typer.Option(None, help="Samples to measure the coverage of, instead of drawing."),
     results: Path = typer.Option(Path("benchmarks/results/e2e_text.json"), help="Where the figures go; added to."),
 ) -> None:
@@ -68,10 +70,13 @@ def main(
         return
     judge = NGramJudge(written)
     for n in steps:
-        protocol = Protocol(samples, n, bound_texts=0 if figures.get("likelihood") else bound,
-                            options={"temperature": temperature})  # fmt: skip
+        protocol = Protocol(
+            samples, n, bound_texts=0 if figures.get("likelihood") else bound, levels=levels,
+            options={"temperature": temperature, "guidance": parsed(guidance)},
+        )  # fmt: skip
         found = evaluate(pipe, valid, [judge], protocol, train=[each.text for each in train])
         sampler = f"{solver or 'default'}, {n} steps, temperature {temperature or found['run']['temperature']:g}"
+        sampler = ", ".join([sampler, *guidance])
         (output / f"{sampler}.txt").write_text("\n".join(each["text"] for each in found.pop("texts")) + "\n")
         figures["likelihood"] = figures.get("likelihood") or found["likelihood"]
         figures[sampler] = {name: found[name] for name in ("samples", "real", "run", "protocol")}

@@ -2,7 +2,7 @@
 
     B batch   L positions   D embedding dim   gamma = log(sigma^2 / alpha^2)
 
-Both look at a batch through the same two passes: a first one without self-conditioning, whose x0 the second is given.
+Both look at a batch through the same passes: a first one without self-conditioning, whose x0 the next is given.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def cross_entropy(
 
     gamma: [B]; noise: [B, L, D]; network: the passes to call instead of the denoiser's own.
     """
-    h = features(denoiser, batch, denoiser.space.embed(batch.ids), gamma, noise, self_condition, network)
+    h = features(denoiser, batch, denoiser.space.embed(batch.ids), gamma, noise, 1 + self_condition, network)
     nats = ops.cross_entropy(h, denoiser.output_weight(), batch.ids)
     return Loss(mean_over_target(nats, batch), cross_entropies(nats, batch))
 
@@ -67,7 +67,7 @@ def variational_loss(
     this term alone would shrink their differences.
     """
     x = denoiser.space.embed(batch.ids).detach()
-    h = features(denoiser, batch, x, gamma, noise, self_condition, network)
+    h = features(denoiser, batch, x, gamma, noise, 1 + self_condition, network)
     diffusion = diffusion_terms(denoiser, h, x, gamma, density)
     with torch.no_grad():
         nats = ops.cross_entropy(h, denoiser.output_weight(), batch.ids)
@@ -86,7 +86,7 @@ def mixed_loss(
     """The sum of `cross_entropy` and `variational_loss`, of one prediction; the former alone moves the embeddings that
     are to be predicted."""
     x = denoiser.space.embed(batch.ids)
-    h = features(denoiser, batch, x, gamma, noise, self_condition, network)
+    h = features(denoiser, batch, x, gamma, noise, 1 + self_condition, network)
     nats = ops.cross_entropy(h, denoiser.output_weight(), batch.ids)
     diffusion = diffusion_terms(denoiser, h, x.detach(), gamma, density)
     return Loss(mean_over_target(nats + diffusion, batch), cross_entropies(nats, batch))
@@ -116,18 +116,21 @@ def features(
     x: Tensor,
     gamma: Tensor,
     noise: Tensor,
-    self_condition: bool,
+    passes: int,
     network: Network | None = None,
 ) -> Tensor:
-    """The denoiser's features [B, L, W + D] at embeddings x made noisy; prompts are encoded once for all passes."""
+    """The denoiser's features [B, L, W + D] at embeddings x made noisy, in the last of some passes.
+
+    Prompts are encoded once for all. Gradients go through the last pass alone.
+    """
     forward, encode_context = network or Network(denoiser, denoiser.encode_context)
     z = corrupt(x, gamma, noise)
     if batch.known is not None:
         z = torch.where(batch.known[..., None], x, z)
     context = prompt_context(batch, encode_context)
     self_cond = torch.zeros_like(z)
-    if self_condition:
-        with torch.no_grad():
+    with torch.no_grad():
+        for _ in range(passes - 1):
             self_cond = denoiser.x0(forward(z, gamma, context, self_cond, known=batch.known))
     return forward(z, gamma, context, self_cond, known=batch.known)
 
@@ -156,7 +159,12 @@ class Bound(NamedTuple):
 
 @torch.no_grad()
 def variational_bound(
-    denoiser: Denoiser, batch: Batch, schedule: NoiseSchedule, generator: torch.Generator, samples: int = 4
+    denoiser: Denoiser,
+    batch: Batch,
+    schedule: NoiseSchedule,
+    generator: torch.Generator,
+    samples: int = 4,
+    passes: int = 2,
 ) -> Bound:
     """An unbiased estimate of an upper bound on -log p(target | context) of each example, [B], in nats.
 
@@ -165,9 +173,9 @@ def variational_bound(
                  + KL(q(z_g1 | x) || N(0, I))                             prior
 
     The integral is estimated by importance sampling (`levels`): `samples` strata for each example, offset over the
-    batch. z_g0 is decoded by the matched filter alone. x0 is the prediction of the second of two
-    self-conditioning passes: a function of z_gamma only, so the bound holds. Every target position counts: the end
-    of text, padding and `<unk>` are charged like words. g0, g1: the ends of `schedule`.
+    batch. z_g0 is decoded by the matched filter alone. x0 is the prediction of the last of `passes`
+    passes of self-conditioning: a function of z_gamma only, so the bound holds. Every target position counts: the
+    end of text, padding and `<unk>` are charged like words. g0, g1: the ends of `schedule`.
     """
     B = len(batch.ids)
     x = denoiser.space.embed(batch.ids)
@@ -181,7 +189,7 @@ def variational_bound(
     for k in range(samples):
         drawn, width = levels(schedule, (k + (offset + np.arange(B) / B) % 1.0) / samples)
         gamma, weight = (torch.from_numpy(v).float().to(x.device) for v in (drawn, width))
-        h = features(denoiser, batch, x, gamma, draw(), True)
+        h = features(denoiser, batch, x, gamma, draw(), passes)
         error = ((denoiser.x0(h) - x).square().sum(-1) * target).sum(1)
         diffusion += 0.5 * torch.exp(-gamma) * weight * error / samples
 

@@ -43,6 +43,20 @@ def small_model() -> Denoiser:
     return lively(Denoiser(20, dim=16, width=32, depth=2, heads=2, condition_width=16))
 
 
+@pytest.mark.parametrize("passes", [1, 2, 3])
+def test_each_pass_is_given_what_the_one_before_predicted(passes):
+    model, ids = small_model(), torch.randint(20, (3, 6), generator=torch.Generator().manual_seed(0))
+    x, gamma, eps = model.space.embed(ids), torch.zeros(3), torch.randn(3, 6, 16)
+    z = losses.corrupt(x, gamma, eps)
+    expected = torch.zeros_like(z)
+    for _ in range(passes):
+        h = model(z, gamma, None, expected)
+        expected = model.x0(h)
+    found = losses.features(model, Batch(ids), x, gamma, eps, passes)
+    assert torch.allclose(found, h, atol=1e-6)
+    assert found.requires_grad
+
+
 def test_context_is_neither_noised_nor_charged():
     model, L = small_model(), 6
     ids = torch.randint(20, (3, L), generator=torch.Generator().manual_seed(0))

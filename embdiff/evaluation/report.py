@@ -20,7 +20,7 @@ from embdiff.batches import encode, spread
 from embdiff.errors import UserError
 from embdiff.evaluation import metrics
 from embdiff.evaluation.judges import Judge, cross_entropy
-from embdiff.evaluation.likelihood import TOLERANCE, Likelihood, bound, flow_bound
+from embdiff.evaluation.likelihood import PASSES, TOLERANCE, Likelihood, bound, flow_bound
 from embdiff.evaluation.mauve import divergence
 from embdiff.evaluation.ngram import NGram
 from embdiff.evaluation.samples import as_written, draw, some
@@ -42,7 +42,8 @@ class Protocol:
     samples: texts to draw, the i-th from seed + i; 0 = none. steps: of sampling. mbr: candidates for each prompt of
     which the one nearest to the others is kept as well (a second set of figures); 0 = off. lowercase: before comparing
     with references. bound_texts: for the variational bound, None = all, 0 = none. levels: noise levels for each of
-    them. flow_texts, flow_tolerance: of the flow's bound. options: of the pipeline's call.
+    them. passes: of self-conditioning at each level, 1 = none. flow_texts, flow_tolerance: of the flow's bound.
+    options: of the pipeline's call.
     """
 
     samples: int = 1000
@@ -53,6 +54,7 @@ class Protocol:
     lowercase: bool = False
     bound_texts: int | None = None
     levels: int = 4
+    passes: int = PASSES
     flow_texts: int = 0
     flow_tolerance: float = TOLERANCE
     options: dict[str, Any] = field(default_factory=dict)
@@ -241,7 +243,9 @@ def _likelihoods(
 
     figures: Figures = {}
     if protocol.bound_texts != 0:
-        figures["bound"] = measured(protocol.bound_texts, "bound", bound, samples=protocol.levels)
+        figures["bound"] = measured(
+            protocol.bound_texts, "bound", bound, samples=protocol.levels, passes=protocol.passes
+        )
     if protocol.flow_texts:
         figures["flow"] = measured(protocol.flow_texts, "flow", flow_bound, tolerance=protocol.flow_tolerance)
     return figures
