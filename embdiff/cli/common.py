@@ -62,14 +62,22 @@ def check_temperature(value: float) -> None:
         raise UserError(f"--temperature {value} is out of range: give a number above 0")
 
 
-def check_output(output: Path | None, overwrite: bool) -> None:
-    """Refuses to replace a file unasked, or to write where nothing can be, before anything is loaded."""
+def check_output(output: Path | None, overwrite: bool, resume: bool | None = None) -> None:
+    """Refuses to replace a file unasked, or to write where nothing can be, before anything is loaded.
+
+    resume: whether the file is to be gone on with; None = this command can't.
+    """
+    if resume and overwrite:
+        raise UserError("both --resume and --overwrite are given: choose one")
     if output is None:
+        if resume or overwrite:
+            raise UserError(f"{'--resume' if resume else '--overwrite'} is for a file: name it with --output")
         return
     if output.is_dir():
         raise UserError(f"{output} is a folder: name a file")
-    if output.exists() and not overwrite:
-        raise UserError(f"{output} exists: use --overwrite to replace it, or another name")
+    if output.exists() and not (overwrite or resume):
+        finish = "" if resume is None else "--resume to finish it, "
+        raise UserError(f"{output} exists: use {finish}--overwrite to replace it, or another name")
     if not output.parent.is_dir():
         raise UserError(f"there is no folder {output.parent} for {output.name}: make it first")
     there = output.exists()

@@ -47,7 +47,7 @@ def frontier(
 
     A named solver has its defaults; `own` is the model's scheduler as it was tuned.
 
-    [bold]embdiff frontier runs/mine --steps 8 --steps 32 --solver renoise --solver dpm++3m-sde[/bold]
+    [bold]embdiff frontier runs/mine --steps 8 --steps 32 --solver unipc --solver dpm++3m-sde[/bold]
     """
     check_seed(seed)
     check(steps, temperature, samples, batch_size)

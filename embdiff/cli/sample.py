@@ -19,6 +19,7 @@ from embdiff.cli.common import (
     GUIDANCE_HELP,
     SOLVERS,
     check_counts,
+    check_output,
     check_seed,
     check_temperature,
     load_pipeline,
@@ -97,7 +98,7 @@ def sample(
     [bold]embdiff sample runs/docstrings --prompt "def mean(values)" --cfg-scale 2 -n 5[/bold]
     """
     check(num_samples, steps, cfg_scale, batch_size, temperature, seed)
-    check_output(output, resume, overwrite)
+    check_output(output, overwrite, resume)
     modules = parsed(guidance)
     for name, value in (("--prompt", prompt), ("--negative-prompt", negative_prompt)):
         if value is not None and has_lone_surrogate(value):
@@ -185,17 +186,6 @@ def draw(pipe: TextDiffusionPipeline, jobs: list[Job], options: dict[str, Any]) 
     result: Any = pipe(prompts, negative_prompt=negative, num_samples=count, generator=generators, **options)
     for job, text, ids in zip(jobs, result.texts, result.sequences.tolist(), strict=True):
         yield job, text, before_end(pipe.tokenizer, ids)
-
-
-def check_output(output: Path | None, resume: bool, overwrite: bool) -> None:
-    """Refuses to replace a file unasked, before anything is loaded."""
-    if resume and overwrite:
-        raise UserError("both --resume and --overwrite are given: choose one")
-    if output is None:
-        if resume or overwrite:
-            raise UserError(f"{'--resume' if resume else '--overwrite'} is for a file: name it with --output")
-    elif output.exists() and not (resume or overwrite):
-        raise UserError(f"{output} exists: use --resume to finish it, --overwrite to replace it")
 
 
 def already_written(output: Path, total: int, drawn: Callable[[int, int], list[str]], batch_size: int) -> int:

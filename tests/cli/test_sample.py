@@ -119,6 +119,8 @@ def test_a_file_with_more_samples_than_asked_for_is_refused(model, tmp_path):
         (["--resume", "--overwrite", "--output", "x.txt"], "both --resume and --overwrite"),
         (["--resume"], "--resume is for a file"),
         (["--overwrite"], "--overwrite is for a file"),
+        (["--output", "."], "is a folder: name a file"),
+        (["--output", "no/where/samples.txt"], "there is no folder"),
         (["--prompt", "a\udcff"], "--prompt 'a.udcff' is not UTF-8"),
         (["--negative-prompt", "a\udcff", "--cfg-scale", "2"], "--negative-prompt"),
         (["--device", "meta"], "device 'meta' can't be used"),
