@@ -199,9 +199,9 @@ class Diffusion(Objective):
 
     def _pipeline(self) -> Any:
         from embdiff.pipeline import TextDiffusionPipeline
-        from embdiff.schedulers import RenoiseScheduler
+        from embdiff.schedulers import UniPCScheduler
 
-        scheduler = RenoiseScheduler(noise_schedule=self.fit.schedule.config())
+        scheduler = UniPCScheduler(noise_schedule=self.fit.schedule.config())
         return TextDiffusionPipeline(self.model, self.tokenizer, scheduler)
 
 
