@@ -6,10 +6,10 @@
 
 DATA is a folder with src1_train.txt, src1_valid.txt (`meaning||text`) and testset_w_refs.csv.
 
-Protocol. Guidance space, scale, temperature and length bias are chosen on validation meanings, at 8 and at 32 steps;
-the test set's 630 meanings see the chosen ones only, and no guidance beside them. One sample a meaning, its seed the
-meaning's number. BLEU is sacrebleu's corpus BLEU, lower-cased, 13a tokenisation, without smoothing, as the challenge's
-own script does; samples are detokenised first.
+Protocol. Noise scale, guidance space and scale, temperature and length bias are chosen on validation meanings, at 8 and
+at 32 steps; the test set's 630 meanings see the chosen ones only, and no guidance beside them. One sample a meaning,
+its seed the meaning's number. BLEU is sacrebleu's corpus BLEU, lower-cased, 13a tokenisation, without smoothing, as the
+challenge's own script does; samples are detokenised first.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import typer
 from common import trained, training_facts, write
 
 from embdiff.batches import spread
-from embdiff.cli.common import seconds
+from embdiff.cli.common import seconds, set_scheduler
 from embdiff.config import TrainConfig
 from embdiff.evaluation.e2e import corpus_bleu, meaning_to_source, read_e2e_references
 from embdiff.evaluation.samples import draw
@@ -31,12 +31,14 @@ from embdiff.guidance import ClassifierFreeGuidance
 from embdiff.pipeline import TextDiffusionPipeline
 
 Cases = list[tuple[str, list[str]]]
-START: dict[str, Any] = {"space": "x0", "scale": 1.0, "temperature": 0.5, "length_bias": 1.0}
+START: dict[str, Any] = {"space": "x0", "scale": 1.5, "temperature": 0.5, "length_bias": 0.0, "noise_scale": 1.0}
 # One after the other, each from the best of the one before.
 SEARCH: tuple[list[dict[str, Any]], ...] = (
-    [{"space": space, "scale": scale} for space in ("x0", "logits") for scale in (1.5, 2.0, 3.0)],
-    [{"temperature": temperature} for temperature in (0.2, 0.3, 0.76)],
-    [{"length_bias": bias} for bias in (0.0, 0.5)],
+    [{"noise_scale": scale} for scale in (0.5, 0.7, 0.85)],
+    [{"space": space, "scale": scale} for space in ("x0", "logits") for scale in (1.25, 2.0, 3.0)],
+    [{"temperature": temperature} for temperature in (0.3, 0.76)],
+    [{"length_bias": bias} for bias in (0.5, 1.0)],
+    [{"noise_scale": scale} for scale in (0.4, 0.6, 0.8)],
 )
 
 
@@ -47,6 +49,7 @@ def main(
     max_steps: int | None = typer.Option(None, help="Training steps, instead of a time."),
     size: str = typer.Option("mini", help="Model size."),
     batch_size: int = typer.Option(64, help="Texts of 64 positions a step."),
+    solver: str | None = typer.Option(None, help="By default the model's own scheduler."),
     meanings: int = typer.Option(100, help="Validation meanings to choose by."),
     test_meanings: int = typer.Option(630, help="Test meanings; 630 are all."),
     results: Path = typer.Option(Path("benchmarks/results/e2e_prompted.json"), help="Where the figures go."),
@@ -58,6 +61,7 @@ def main(
         save_every=200, max_steps=max_steps, max_time=None if max_steps else seconds(max_time),
     )  # fmt: skip
     pipe = trained(output, config)
+    set_scheduler(pipe, solver)
     valid, test = validation_cases(data / "src1_valid.txt", meanings), test_cases(data / "testset_w_refs.csv")
     choosing: list[dict[str, Any]] = []
     testing: list[dict[str, Any]] = []
@@ -72,7 +76,15 @@ def main(
         chosen = {name: best[name] for name in START}
         for scale in (best["scale"], 1.0):
             testing.append(measured(pipe, test[:test_meanings], steps, chosen | {"scale": scale}))
-    write(results, {"test": testing, "validation": choosing, "training": training_facts(output, pipe.denoiser)})
+    write(
+        results,
+        {
+            "solver": type(pipe.scheduler).__name__,
+            "test": testing,
+            "validation": choosing,
+            "training": training_facts(output, pipe.denoiser),
+        },
+    )
 
 
 def validation_cases(path: Path, count: int) -> Cases:
@@ -96,6 +108,7 @@ def measured(pipe: TextDiffusionPipeline, cases: Cases, steps: int, setting: dic
     texts = draw(
         pipe, [source for source, _ in cases], num_inference_steps=steps, temperature=setting["temperature"],
         guidance=[ClassifierFreeGuidance(setting["scale"], setting["space"])], length_bias=setting["length_bias"],
+        noise_scale=setting["noise_scale"],
     )  # fmt: skip
     row = {"steps": steps, **setting, "meanings": len(cases),
            "bleu": round(corpus_bleu(texts, [references for _, references in cases]), 2),

@@ -68,6 +68,7 @@ class Loop:
         rows: the solver's table, N rows. gammas: their noise levels.
         ends: ids of padding and the end of text.
         inputs: of the first batch, which tell the shapes; they are kept, and overwritten by those of later ones.
+        noise_scale: of all noise.
     """
 
     def __init__(
@@ -77,13 +78,16 @@ class Loop:
         gammas: Sequence[float],
         ends: tuple[int, int],
         inputs: Inputs,
+        noise_scale: float = 1.0,
     ) -> None:
+        self.noise_scale = noise_scale
         self.call, self.temperature, self.inputs = predictor.network.call, predictor.temperature, inputs
         self.length, self.dim = predictor.run.length, predictor.denoiser.dim
         plans, self.plan_of_step = distinct(predictor, gammas)
         self.branches = [plan.branches for plan in plans]
         # Before the first step there are no predictions: its own stands in for them.
-        self.rows = [row if i else Row(row.a, row.b + row.c + row.d, s=row.s) for i, row in enumerate(rows)]
+        first, *others = (row._replace(s=row.s * noise_scale) for row in rows)
+        self.rows = [Row(first.a, first.b + first.c + first.d, s=first.s), *others]
         device, odds = inputs.seeds.device, math.exp(predictor.length_bias)
         drawn = [predictor.quantile is not None and gamma > predictor.draw_above for gamma in gammas]
         self.numbers = torch.tensor(
@@ -116,7 +120,7 @@ class Loop:
     def _steps(self) -> Tensor:
         lengths = kernels.Lengths(self.inputs.quantile, self.inputs.table[self.ends])
         table = self.inputs.table.to(self.inputs.weight.dtype)  # here, so that it is done once
-        z = kernels.normal(self.inputs.seeds, 0, self.length, self.dim)
+        z = self.noise_scale * kernels.normal(self.inputs.seeds, 0, self.length, self.dim)
         before = before_that = nothing = torch.zeros_like(z)
         draw = 1
         for i, row in enumerate(self.rows):
@@ -160,7 +164,13 @@ class Loops:
         self.pool: Any = None
 
     def run(
-        self, predictor: Predictor, rows: Sequence[Row], gammas: Sequence[float], ends: tuple[int, int], seeds: Tensor
+        self,
+        predictor: Predictor,
+        rows: Sequence[Row],
+        gammas: Sequence[float],
+        ends: tuple[int, int],
+        seeds: Tensor,
+        noise_scale: float = 1.0,
     ) -> Tensor:
         """z [B, L, D] after all steps, for seeds [B]; the other arguments are those of `Loop`."""
         B, device = len(seeds), seeds.device
@@ -176,7 +186,7 @@ class Loops:
         key = (
             id(predictor.network.call), denoiser.dtype, kernels.precision(), predictor.run.length,
             predictor.temperature, predictor.length_bias, predictor.quantile is None, predictor.draw_above,
-            tuple(rows), tuple(gammas), ends, tuple(of_step),
+            tuple(rows), tuple(gammas), ends, tuple(of_step), noise_scale,
             tuple(tuple(map(way, plan.branches)) for plan in plans),
             tuple(tuple(t.shape) for t in inputs.tensors()),
             tuple(t.data_ptr() for t in chain(denoiser.parameters(), denoiser.buffers())),
@@ -185,7 +195,7 @@ class Loops:
             if key not in self.kept:
                 while len(self.kept) >= self.most:
                     self.kept.popitem(last=False)
-                self.kept[key] = Loop(predictor, rows, gammas, ends, inputs)
+                self.kept[key] = Loop(predictor, rows, gammas, ends, inputs, noise_scale)
             elif self.kept[key].graph is None and device.type == "cuda" and self.recording:
                 self._record(self.kept[key])
             self.kept.move_to_end(key)

@@ -122,6 +122,7 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         temperature: float | None = None,
         draw_length: bool = True,
         length_bias: float = 1.0,
+        noise_scale: float = 1.0,
         max_length: int | None = None,
         skip_padding: bool | None = None,
         num_samples: int = 1,
@@ -147,6 +148,9 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
             length_bias: nats, -50 to 50, taken from the log-odds of padding and end of text wherever embeddings are
                 mixed. One embedding for all padding outweighs the scattered embeddings of words, so without it texts
                 come out short. 0 is the textbook's posterior mean.
+            noise_scale: of all noise, from 0 on; 1 = as in training. Less gives more typical texts and less variety, as
+                truncation does in other generators (BigGAN, arXiv:1809.11096, section 3.1): 0.5 to 0.7 where a prompt
+                wants one faithful answer.
             max_length: target positions, at most what the model was trained for (the default).
             skip_padding: positions behind a text that are surely padding (below t = 0.8, by 0.99) are computed no
                 more, nor seen by the others; None = on a CPU, where that saves their time.
@@ -174,6 +178,10 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
             raise UserError(f"temperature {temperature} is out of range: give 0.001 or more, 1 is neutral")
         if not -50 <= length_bias <= 50:
             raise UserError(f"length_bias {length_bias} is out of range: give -50 to 50; 0 is neutral, 1 the default")
+        if not 0 <= noise_scale < math.inf:
+            raise UserError(f"noise_scale {noise_scale} is out of range: give 0 or more, 1 is neutral")
+        if noise_scale != 1 and not isinstance(solver, EmbeddingScheduler):
+            raise UserError(f"noise_scale {noise_scale}: {type(self.scheduler).__name__} draws its own noise; use 1")
         if not all(p is None or isinstance(p, str) for p in prompts):
             raise UserError("a prompt is no string: give one string, a list of strings, or None")
         if output_type not in ("text", "seq", "latent"):
@@ -186,7 +194,7 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         solver.set_timesteps(num_inference_steps, device=self.device)
         solver.set_begin_index(0)
         gammas: list[float] = solver.gammas.tolist()
-        z = noise() * solver.init_noise_sigma
+        z = noise() * (noise_scale * solver.init_noise_sigma)
         predictor = Predictor(
             run,
             [ClassifierFreeGuidance(guidance_scale), *guidance],
@@ -200,7 +208,10 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
             skip_padding=self.device.type == "cpu" if skip_padding is None else skip_padding,
         )
         self._num_timesteps = len(gammas)
-        if callback_on_step_end is None and (ending := self._recorded(predictor, solver, gammas, noise)) is not None:
+        if (
+            callback_on_step_end is None
+            and (ending := self._recorded(predictor, solver, gammas, noise, noise_scale)) is not None
+        ):
             return self._finished(predictor, ending, output_type, return_dict)
         x0: Tensor | None = None
         with self.progress_bar(total=len(gammas)) as progress:
@@ -208,7 +219,7 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
                 x0 = predictor(solver.scale_model_input(z, t), gammas[i], x0)
                 source: dict[str, Any] = {"generator": generators}
                 if isinstance(solver, EmbeddingScheduler):
-                    source = {"variance_noise": noise()} if solver.noisy[i] else {}
+                    source = {"variance_noise": noise_scale * noise()} if solver.noisy[i] else {}
                 z = solver.step(x0, t, z, return_dict=False, **source)[0]
                 if callback_on_step_end is not None:
                     changed = callback_on_step_end(self, i, t, {"latents": z, "x0": x0})
@@ -235,7 +246,12 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         return known
 
     def _recorded(
-        self, predictor: Predictor, solver: EmbeddingScheduler | ForeignScheduler, gammas: list[float], noise: Noise
+        self,
+        predictor: Predictor,
+        solver: EmbeddingScheduler | ForeignScheduler,
+        gammas: list[float],
+        noise: Noise,
+        noise_scale: float,
     ) -> Tensor | None:
         """The last latents, by a recorded loop where there is one for this device and run; else None."""
         if not isinstance(solver, EmbeddingScheduler) or not isinstance(noise, DeviceNoise):
@@ -245,7 +261,7 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         if not fits(predictor, gammas):
             return None
         self._loops = self._loops or Loops()
-        return self._loops.run(predictor, solver.table, gammas, self._kept_tokens(), noise.seeds)
+        return self._loops.run(predictor, solver.table, gammas, self._kept_tokens(), noise.seeds, noise_scale)
 
     def _finished(
         self, predictor: Predictor, z: Tensor, output_type: str, return_dict: bool

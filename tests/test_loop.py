@@ -34,12 +34,12 @@ def prepared(pipe, guidance, steps, solver="renoise", prompts=PROMPTS, quantile=
     return scheduler, gammas, predictor
 
 
-def stepped(scheduler, gammas, predictor, seeds):
+def stepped(scheduler, gammas, predictor, seeds, scale=1.0):
     """The last latents of the plain loop, with the kernels' noise."""
-    z, x0, draw = kernels.normal(seeds, 0, 12, predictor.denoiser.dim), None, 1
+    z, x0, draw = scale * kernels.normal(seeds, 0, 12, predictor.denoiser.dim), None, 1
     for i, t in enumerate(scheduler.timesteps):
         x0 = predictor(z, gammas[i], x0)
-        noise = kernels.normal(seeds, draw, 12, predictor.denoiser.dim) if scheduler.noisy[i] else None
+        noise = scale * kernels.normal(seeds, draw, 12, predictor.denoiser.dim) if scheduler.noisy[i] else None
         draw += bool(scheduler.noisy[i])
         z = scheduler.step(x0, t, z, variance_noise=noise, return_dict=False)[0]
     return z
@@ -67,9 +67,9 @@ def test_the_loop_equals_predictor_and_scheduler(pipe, solver, guidance):
 @settings(max_examples=12, phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     temperature=st.sampled_from([0.5, 1.0]), bias=st.sampled_from([0.0, 1.0, -2.0]), drawn=st.booleans(),
-    steps=st.integers(1, 4), seed=st.integers(0, 2**62),
+    steps=st.integers(1, 4), seed=st.integers(0, 2**62), scale=st.sampled_from([1.0, 0.5, 0.0]),
 )  # fmt: skip
-def test_lengths_and_temperatures_are_as_in_the_predictor(pipe, temperature, bias, drawn, steps, seed):
+def test_lengths_temperatures_and_noise_are_as_in_the_predictor(pipe, temperature, bias, drawn, steps, seed, scale):
     quantile = (0.05, 0.5, 0.99) if drawn else None
     scheduler, gammas, predictor = prepared(
         pipe, [CFG(1.5)], steps, quantile=quantile, temperature=temperature, length_bias=bias
@@ -78,8 +78,8 @@ def test_lengths_and_temperatures_are_as_in_the_predictor(pipe, temperature, bia
         assert (temperature, bias, drawn) == (1.0, 0.0, False)
         return
     seeds = torch.tensor([seed, 1, 2], device=DEVICE)
-    fused = Loops().run(predictor, scheduler.table, gammas, pipe._kept_tokens(), seeds)
-    assert torch.allclose(fused, stepped(scheduler, gammas, predictor, seeds), atol=1e-3)
+    fused = Loops().run(predictor, scheduler.table, gammas, pipe._kept_tokens(), seeds, scale)
+    assert torch.allclose(fused, stepped(scheduler, gammas, predictor, seeds, scale), atol=1e-3)
 
 
 @torch.no_grad()
@@ -112,7 +112,7 @@ def test_what_a_loop_cannot_hold_is_left_to_the_predictor(pipe, guidance):
     assert not fits(predictor, gammas)
 
 
-OPTIONS = [{}, {"guidance_scale": 2.0}, {"guidance": [Length(words=3)]}, {"length_bias": 0.0}]
+OPTIONS = [{}, {"guidance_scale": 2.0}, {"guidance": [Length(words=3)]}, {"length_bias": 0.0}, {"noise_scale": 0.4}]
 
 
 @pytest.mark.parametrize("options", OPTIONS)

@@ -13,7 +13,7 @@ from embdiff.guidance import ClassifierFreeGuidance
 from embdiff.guidance.base import Run
 from embdiff.pipeline import load
 from embdiff.prediction import Predictor
-from embdiff.schedulers import SCHEDULERS, to_diffusers
+from embdiff.schedulers import SCHEDULERS, to_diffusers, with_solver
 
 
 def seeds(*values):
@@ -115,6 +115,28 @@ def test_without_drawn_lengths_x0_is_the_posterior_mean(pipe):
     assert torch.allclose(predictor(z, 0.5, self_cond), pipe.denoiser.x0(h), atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["renoise", "dpm++3m-sde", "unipc"])
+def test_noise_scaled_to_nothing_leaves_one_text_for_each_prompt(pipe, name):
+    pipe.scheduler = with_solver(pipe.scheduler, name)
+    options = {"num_inference_steps": 3, "num_samples": 3, "draw_length": False, "output_type": "latent"}
+
+    def latents(scale: float) -> torch.Tensor:
+        return pipe(["a cat", "tree"], noise_scale=scale, generator=seeds(*range(6)), **options).latents
+
+    first, second = latents(0.0).split(3)
+    assert torch.allclose(first, first[:1].expand_as(first), atol=1e-5)
+    assert not torch.allclose(first, second)
+    base = torch.cat([first, second])
+    near, far = ((latents(scale) - base).norm() for scale in (1e-4, 1.0))
+    assert 0 < near < 0.1 * far
+
+
+def test_noise_that_a_scheduler_draws_itself_is_not_scaled(pipe):
+    pipe.scheduler = to_diffusers(DDIMScheduler.from_config(pipe.scheduler.config))
+    with pytest.raises(UserError, match="DDIMScheduler draws its own noise"):
+        pipe(noise_scale=0.5)
+
+
 def test_output_types(pipe):
     texts, sequences = pipe(num_inference_steps=2, generator=seeds(0), return_dict=False)
     assert sequences.shape == (1, 12)
@@ -141,6 +163,7 @@ def test_saving_and_loading_keep_every_bit(pipe, tmp_path):
         ({"num_inference_steps": 0}, "steps"),
         ({"guidance_scale": float("nan")}, "finite"),
         ({"temperature": 0.0}, "temperature"),
+        ({"noise_scale": -0.1}, "noise_scale"),
         ({"max_length": 99}, "max_length"),
         ({"num_samples": 0}, "num_samples"),
         ({"output_type": "image"}, "output_type"),

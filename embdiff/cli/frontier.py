@@ -34,6 +34,7 @@ def frontier(
     samples: int = typer.Option(200, "--samples", "-n", help="Texts for each point."),
     cfg_scale: float = typer.Option(1.0, help="Classifier-free guidance; 1 = off."),
     length_bias: float = typer.Option(1.0, help="As in embdiff sample."),
+    noise_scale: float = typer.Option(1.0, help="As in embdiff sample."),
     seed: int = typer.Option(0, help="Of the first sample of each point."),
     batch_size: int = typer.Option(50, help="Texts at a time; samples do not depend on it."),
     device: str = typer.Option("auto", help="cpu, cuda or auto."),
@@ -89,6 +90,7 @@ def frontier(
         report=report,
         guidance_scale=cfg_scale,
         length_bias=length_bias,
+        noise_scale=noise_scale,
     )
     if as_json:
         rows = [found._asdict() for found in points]

@@ -79,6 +79,9 @@ def sample(
     ),
     draw_length: bool = typer.Option(True, help="Draw each text's length from the model while noise is high."),
     length_bias: float = typer.Option(1.0, help="Nats against padding, which outweighs words; 0 = as the model is."),
+    noise_scale: float = typer.Option(
+        1.0, help="Of all noise; less = more typical, as one faithful answer to a prompt."
+    ),
     skip_padding: bool | None = typer.Option(
         None, help="Compute positions behind a text no more once they are surely padding; by default on a CPU."
     ),
@@ -125,6 +128,7 @@ def sample(
         "temperature": temperature,
         "draw_length": draw_length,
         "length_bias": length_bias,
+        "noise_scale": noise_scale,
         "max_length": max_length,
         "skip_padding": skip_padding,
         "guidance": [ClassifierFreeGuidance(cfg_scale, cfg_space), *modules],
