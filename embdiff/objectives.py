@@ -199,10 +199,11 @@ class Diffusion(Objective):
 
     def _pipeline(self) -> Any:
         from embdiff.pipeline import TextDiffusionPipeline
-        from embdiff.schedulers import UniPCScheduler
+        from embdiff.schedulers import RenoiseScheduler, UniPCScheduler
 
-        scheduler = UniPCScheduler(noise_schedule=self.fit.schedule.config())
-        return TextDiffusionPipeline(self.model, self.tokenizer, scheduler)
+        # Fresh noise lets a text be corrected towards its prompt; without one, UniPC writes as well in half the steps.
+        solver = RenoiseScheduler if int(self.model.config.max_prompt_length) else UniPCScheduler
+        return TextDiffusionPipeline(self.model, self.tokenizer, solver(noise_schedule=self.fit.schedule.config()))
 
 
 class BaselineObjective(Objective):

@@ -24,6 +24,7 @@ from embdiff.data import Corpus, Example
 from embdiff.errors import UserError
 from embdiff.objectives import OBJECTIVES
 from embdiff.pipeline import load
+from embdiff.schedulers import RenoiseScheduler, UniPCScheduler
 from embdiff.training import Silent, Stopped, train
 from embdiff.vocabulary import train_word
 from tests.conftest import WORDS, sentences
@@ -85,6 +86,7 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_weights(tmp_path, prompted
     train(config, parts, corpus=data, resume=True)
     for name, tensor in weights(whole).items():
         assert torch.equal(tensor, weights(parts)[name]), name
+    assert isinstance(load(str(whole)).scheduler, RenoiseScheduler if prompted else UniPCScheduler)
 
 
 def test_a_run_that_dies_between_checkpoints_ends_with_the_same_weights(tmp_path):
