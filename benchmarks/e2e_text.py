@@ -1,7 +1,7 @@
 """E2E restaurant descriptions without prompts: the bound on validation text, and samples judged by a 5-gram.
 
     python benchmarks/e2e_text.py DATA --output runs/e2e                 train 15 minutes on two idle cores
-    python benchmarks/e2e_text.py DATA --output runs/e2e --max-steps 3900       or so many steps where cores are slow
+    python benchmarks/e2e_text.py DATA --output runs/e2e --batch-size 32 --max-steps 15480      the committed figures
     python benchmarks/e2e_text.py DATA --output runs/e2e --steps 8 --solver unipc    again: continues, or only measures
     embdiff sample runs/e2e --num-samples 40000 --output drawn.jsonl
     python benchmarks/e2e_text.py DATA --output runs/e2e --drawn drawn.jsonl         what do so many texts cover?

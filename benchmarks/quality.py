@@ -46,12 +46,13 @@ def main(
     max_time: str = typer.Option("15m", help="Training time of each."),
     max_steps: int | None = typer.Option(None, help="Training steps of each, instead of a time."),
     size: str = typer.Option("mini", help="Model size."),
+    batch_size: int = typer.Option(64, help="Texts a step."),
     tokenizer: str = typer.Option("word", help="word or bpe."),
     min_count: int = typer.Option(11, help="Rarer words become <unk>."),
     max_length: int = typer.Option(64, help="Tokens of a text."),
     ours: Path | None = typer.Option(None, help="Our model, where it is trained already."),
     steps: list[int] = typer.Option([8, 16, 32], help="Sampling steps."),
-    solver: list[str] = typer.Option(["renoise", "dpm++3m-sde", "unipc"], help="Of ours."),
+    solver: list[str] = typer.Option(["unipc"], help="Of ours."),
     temperature: list[float] = typer.Option([0.5, 0.65, 0.8, 0.9, 1.0, 1.2], help="Temperatures."),
     samples: int = typer.Option(400, help="Texts for each point."),
     results: Path = typer.Option(Path("benchmarks/results/quality.json"), help="Where the figures go."),
@@ -59,7 +60,7 @@ def main(
     """Trains what is not trained yet, measures, prints and writes one table."""
     config = TrainConfig(
         data=str(train), validation=str(valid), tokenizer=tokenizer, min_count=min_count, size=size,
-        max_length=max_length, infill=0.0, save_every=200, max_steps=max_steps,
+        batch_size=batch_size, max_length=max_length, infill=0.0, save_every=200, max_steps=max_steps,
         max_time=None if max_steps else seconds(max_time),
     )  # fmt: skip
     folders = {name: output / name for name in ("ce", "masked", "autoregressive")}
