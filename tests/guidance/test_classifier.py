@@ -76,7 +76,7 @@ def test_the_slope_is_that_of_the_log_probability(several, against):
     def value(z):
         logits = classifier(z, torch.full((2,), 0.7, dtype=torch.float64))
         p = logits.sigmoid()[:, 1] if several else logits.softmax(-1)[:, 1]
-        return float((1 - p if against else p).log().sum())
+        return (1 - p if against else p).log().sum().item()
 
     step = 1e-4
     for index in ((0, 0, 0), (1, 4, 3)):
