@@ -105,11 +105,9 @@ def test_cases(path: Path) -> Cases:
 def measured(pipe: TextDiffusionPipeline, cases: Cases, steps: int, setting: dict[str, Any]) -> dict[str, Any]:
     """BLEU of one sample for each case."""
     start = time.monotonic()
-    texts = draw(
-        pipe, [source for source, _ in cases], num_inference_steps=steps, temperature=setting["temperature"],
-        guidance=[ClassifierFreeGuidance(setting["scale"], setting["space"])], length_bias=setting["length_bias"],
-        noise_scale=setting["noise_scale"],
-    )  # fmt: skip
+    options = dict(setting)
+    guidance = [ClassifierFreeGuidance(options.pop("scale"), options.pop("space"))]
+    texts = draw(pipe, [source for source, _ in cases], num_inference_steps=steps, guidance=guidance, **options)
     row = {"steps": steps, **setting, "meanings": len(cases),
            "bleu": round(corpus_bleu(texts, [references for _, references in cases]), 2),
            "words": round(sum(len(text.split()) for text in texts) / len(texts), 2),

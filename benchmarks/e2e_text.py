@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from common import trained, training_facts, write
+from common import real_texts, trained, training_facts, write
 
 from embdiff.cli.common import parsed, seconds, set_scheduler
 from embdiff.config import TrainConfig
@@ -61,20 +61,21 @@ def main(
     figures: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {}
     if figures.get("training") != facts:  # of another model
         figures = {"training": facts}
-    train, valid = (read_examples(str(data / f"{name}.txt")) for name in ("train", "valid"))
-    written, real = (as_written(pipe.tokenizer, [each.text for each in examples]) for examples in (train, valid))
     if drawn is not None:
         texts = [json.loads(line)["text"] for line in drawn.read_text(encoding="utf-8").splitlines()]
-        found = {"samples": reverse_cross_entropy(texts, real), "train": reverse_cross_entropy(written, real)}
+        train, real = (real_texts(pipe, data / f"{name}.txt") for name in ("train", "valid"))
+        found = {"samples": reverse_cross_entropy(texts, real), "train": reverse_cross_entropy(train, real)}
         write(results, figures | {"coverage": {"texts": len(texts)} | found})
         return
-    judge = NGramJudge(written)
+    valid = read_examples(str(data / "valid.txt"))
+    train = [example.text for example in read_examples(str(data / "train.txt"))]
+    judge = NGramJudge(as_written(pipe.tokenizer, train))
     for n in steps:
         protocol = Protocol(
             samples, n, bound_texts=0 if figures.get("likelihood") else bound, levels=levels,
             options={"temperature": temperature, "guidance": parsed(guidance)},
         )  # fmt: skip
-        found = evaluate(pipe, valid, [judge], protocol, train=[each.text for each in train])
+        found = evaluate(pipe, valid, [judge], protocol, train=train)
         sampler = f"{solver or 'default'}, {n} steps, temperature {temperature or found['run']['temperature']:g}"
         sampler = ", ".join([sampler, *guidance])
         (output / f"{sampler}.txt").write_text("\n".join(each["text"] for each in found.pop("texts")) + "\n")

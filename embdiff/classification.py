@@ -20,6 +20,7 @@ from embdiff.errors import UserError
 from embdiff.guidance.classifier import NoisyClassifier
 from embdiff.noise import NoiseSchedule, corrupt, noise_schedule
 from embdiff.pipeline import TextDiffusionPipeline
+from embdiff.randomness import mixed_seed
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the fitted schedule, where the accuracy is measured
 WARMUP = 50
@@ -65,7 +66,7 @@ def train_classifier(
     texts = {name: encode([Example(e.text) for e in part], pipe.tokenizer, limit) for name, part in
              (("train", train), ("valid", valid))}  # fmt: skip
     targets = {name: targets_of(part, labels, config).to(device) for name, part in (("train", train), ("valid", valid))}
-    torch.manual_seed(int(np.random.SeedSequence((config.seed, 0x636C73)).generate_state(1)[0]))
+    torch.manual_seed(mixed_seed(config.seed, 0x636C73))
     classifier = NoisyClassifier(
         pipe.denoiser.dim, labels, config.several, config.width, config.depth, max(1, config.width // 64)
     ).to(device)

@@ -189,12 +189,12 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         B = len(prompts) * num_samples
         generators = sample_generators(generator, B)
         run = self._run(prompts, negative_prompt, num_samples, length)
-        noise = noise_of(generators, (length, self.denoiser.dim), self.device)
+        noise = noise_of(generators, (length, self.denoiser.dim), self.device, noise_scale)
 
         solver.set_timesteps(num_inference_steps, device=self.device)
         solver.set_begin_index(0)
         gammas: list[float] = solver.gammas.tolist()
-        z = noise() * (noise_scale * solver.init_noise_sigma)
+        z = noise() * solver.init_noise_sigma
         predictor = Predictor(
             run,
             [ClassifierFreeGuidance(guidance_scale), *guidance],
@@ -208,10 +208,7 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
             skip_padding=self.device.type == "cpu" if skip_padding is None else skip_padding,
         )
         self._num_timesteps = len(gammas)
-        if (
-            callback_on_step_end is None
-            and (ending := self._recorded(predictor, solver, gammas, noise, noise_scale)) is not None
-        ):
+        if callback_on_step_end is None and (ending := self._recorded(predictor, solver, gammas, noise)) is not None:
             return self._finished(predictor, ending, output_type, return_dict)
         x0: Tensor | None = None
         with self.progress_bar(total=len(gammas)) as progress:
@@ -219,7 +216,7 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
                 x0 = predictor(solver.scale_model_input(z, t), gammas[i], x0)
                 source: dict[str, Any] = {"generator": generators}
                 if isinstance(solver, EmbeddingScheduler):
-                    source = {"variance_noise": noise_scale * noise()} if solver.noisy[i] else {}
+                    source = {"variance_noise": noise()} if solver.noisy[i] else {}
                 z = solver.step(x0, t, z, return_dict=False, **source)[0]
                 if callback_on_step_end is not None:
                     changed = callback_on_step_end(self, i, t, {"latents": z, "x0": x0})
@@ -246,12 +243,7 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         return known
 
     def _recorded(
-        self,
-        predictor: Predictor,
-        solver: EmbeddingScheduler | ForeignScheduler,
-        gammas: list[float],
-        noise: Noise,
-        noise_scale: float,
+        self, predictor: Predictor, solver: EmbeddingScheduler | ForeignScheduler, gammas: list[float], noise: Noise
     ) -> Tensor | None:
         """The last latents, by a recorded loop where there is one for this device and run; else None."""
         if not isinstance(solver, EmbeddingScheduler) or not isinstance(noise, DeviceNoise):
@@ -261,7 +253,7 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         if not fits(predictor, gammas):
             return None
         self._loops = self._loops or Loops()
-        return self._loops.run(predictor, solver.table, gammas, self._kept_tokens(), noise.seeds, noise_scale)
+        return self._loops.run(predictor, solver.table, gammas, self._kept_tokens(), noise.seeds, noise.scale)
 
     def _finished(
         self, predictor: Predictor, z: Tensor, output_type: str, return_dict: bool

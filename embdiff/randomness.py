@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,17 +29,24 @@ def sample_generators(
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
+def mixed_seed(*numbers: int) -> int:
+    """One seed for torch out of several numbers: a run's own and what it is for, or its step."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
 class Noise(Protocol):
-    """Gives eps [B, L, D] ~ N(0, I), another one at each call."""
+    """Gives scale times eps [B, L, D] ~ N(0, I), another one at each call."""
 
     def __call__(self) -> Tensor:
         """The next draw."""
 
 
-def noise_of(generators: list[torch.Generator], shape: tuple[int, int], device: torch.device) -> Noise:
+def noise_of(
+    generators: list[torch.Generator], shape: tuple[int, int], device: torch.device, scale: float = 1.0
+) -> Noise:
     """The noise of samples with these generators. shape: (L, D)."""
     source = DeviceNoise if ops.has_kernels(device.type) else HostNoise
-    return source(generators, shape, device)
+    return source(generators, shape, device, scale)
 
 
 class HostNoise:
@@ -46,8 +54,10 @@ class HostNoise:
 
     AHEAD = 8
 
-    def __init__(self, generators: list[torch.Generator], shape: tuple[int, int], device: torch.device) -> None:
-        self.generators, self.shape, self.device = generators, shape, device
+    def __init__(
+        self, generators: list[torch.Generator], shape: tuple[int, int], device: torch.device, scale: float = 1.0
+    ) -> None:
+        self.generators, self.shape, self.device, self.scale = generators, shape, device, scale
         self.ready = list[Tensor]()
         self.drawn = 0
 
@@ -61,7 +71,7 @@ class HostNoise:
 
     def _draw(self, count: int) -> list[Tensor]:
         drawn = [torch.randn((count, *self.shape), generator=g, device=g.device) for g in self.generators]
-        noise = torch.stack(drawn, 1)
+        noise = torch.stack(drawn, 1).mul_(self.scale)
         if self.device.type == "cuda" and noise.device.type == "cpu":
             noise = noise.pin_memory()
         return list(noise.to(self.device, non_blocking=noise.is_pinned()).unbind())
@@ -70,7 +80,10 @@ class HostNoise:
 class DeviceNoise:
     """Made on the device from one seed [B] of each generator, so that nothing is copied there."""
 
-    def __init__(self, generators: list[torch.Generator], shape: tuple[int, int], device: torch.device) -> None:
+    def __init__(
+        self, generators: list[torch.Generator], shape: tuple[int, int], device: torch.device, scale: float = 1.0
+    ) -> None:
+        self.scale = scale
         seeds = [torch.randint(2**62, (1,), generator=g, device=g.device) for g in generators]
         self.seeds, self.shape, self.drawn = torch.cat(seeds).to(device), shape, 0
 
@@ -79,4 +92,4 @@ class DeviceNoise:
         from embdiff import kernels
 
         self.drawn += 1
-        return kernels.normal(self.seeds, self.drawn - 1, *self.shape)
+        return self.scale * kernels.normal(self.seeds, self.drawn - 1, *self.shape)

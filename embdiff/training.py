@@ -39,6 +39,7 @@ from embdiff.errors import UserError
 from embdiff.losses import Network
 from embdiff.objectives import OBJECTIVES, Objective
 from embdiff.optim import Muon
+from embdiff.randomness import mixed_seed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -427,7 +428,7 @@ class Trainer:
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         generator = np.random.default_rng((config.seed, step, part))
         if config.dropout:  # drawn from torch's own generator
-            torch.manual_seed(int(np.random.SeedSequence((config.seed, step, part, rank)).generate_state(1)[0]))
+            torch.manual_seed(mixed_seed(config.seed, step, part, rank))
         turn = step * config.accumulate + part
         length = self.window.at(turn)
         # Where there are prompts, each is encoded once for several noise levels of its text.
@@ -671,4 +672,4 @@ def logged(line: str) -> tuple[float, dict[str, Any]]:
 def weight_seed(seed: int) -> int:
     """The seed of the initial weights. Noise is drawn from torch generators seeded with small numbers too, often the
     same ones: from the same stream, the embeddings would be that noise, row by row."""
-    return int(np.random.SeedSequence((seed, 0x656D62)).generate_state(1)[0])
+    return mixed_seed(seed, 0x656D62)

@@ -60,7 +60,8 @@ class Protocol:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        lowest = {"samples": 0, "steps": 1, "seed": 0, "batch_size": 1, "mbr": 0, "bound_texts": 0, "flow_texts": 0}
+        lowest = {"samples": 0, "steps": 1, "seed": 0, "batch_size": 1, "mbr": 0, "bound_texts": 0, "passes": 1,
+                  "flow_texts": 0}  # fmt: skip
         for name, least in lowest.items():
             if (getattr(self, name) or 0) < least:
                 raise UserError(f"{name} {getattr(self, name)} is out of range: give {least} or more")

@@ -104,6 +104,7 @@ def test_references_of_their_own_take_the_place_of_the_texts(pipe, pairs):
         ({"steps": 0}, "steps 0"),
         ({"mbr": 1}, "nothing to choose from"),
         ({"levels": 3}, "even number"),
+        ({"passes": 0}, "passes 0 is out of range"),
         ({"bound_texts": -3}, "bound_texts -3"),
         ({"seed": -1}, "seed -1"),
     ],
