@@ -120,22 +120,29 @@ def reuse_memory() -> None:
 
 
 def device(name: str) -> torch.device:
-    """The device of this name; `auto` takes the best there is."""
+    """The device of this name; `auto` takes the best there is. Where a device isn't there, that one is taken too."""
     import torch
 
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        chosen = torch.device(name)
+        chosen = torch.device(best if name == "auto" else name)
+    except RuntimeError as error:
+        raise UserError(f"device {name!r} is unknown: choose cpu, cuda or auto") from error
+    try:
         torch.zeros(1, device=chosen).tolist()  # back again too: meta tensors hold nothing
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device {name!r} can't be used ({reason}): choose cpu, cuda or auto") from error
+        instead = "cpu" if chosen.type == best else best
+        loss = ", without a GPU's speed" if instead == "cpu" else ""
+        print(
+            f"device {name!r} can't be used here ({str(error).splitlines()[0]}): going on on {instead}{loss}",
+            file=sys.stderr,
+        )
+        return torch.device(instead)
     return chosen
 
 
 def dtype(name: str, chosen: torch.device) -> torch.dtype:
-    """fp32, bf16, or `auto`: whichever is faster on the device."""
+    """fp32, bf16, or `auto`: whichever is faster on the device. Other precisions of torch give way to that one."""
     import torch
 
     from embdiff import ops
@@ -148,6 +155,11 @@ def dtype(name: str, chosen: torch.device) -> torch.dtype:
         "bf16": torch.bfloat16,
         "bfloat16": torch.bfloat16,
     }
+    other = getattr(torch, re.sub(r"^fp(?=\d)", "float", name), None)
+    if name not in names and isinstance(other, torch.dtype) and other.is_floating_point:
+        fast = ops.fast_dtype(chosen.type)
+        print(f"dtype {name!r} is not supported: going on in {str(fast).removeprefix('torch.')}", file=sys.stderr)
+        return fast
     if name not in names:
         raise UserError(f"dtype {name!r} is unknown: choose auto, fp32 or bf16")
     if names[name] is torch.bfloat16 and ops.fast_dtype(chosen.type) is torch.float32:

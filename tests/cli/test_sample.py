@@ -123,13 +123,28 @@ def test_a_file_with_more_samples_than_asked_for_is_refused(model, tmp_path):
         (["--output", "no/where/samples.txt"], "there is no folder"),
         (["--prompt", "a\udcff"], "--prompt 'a.udcff' is not UTF-8"),
         (["--negative-prompt", "a\udcff", "--cfg-scale", "2"], "--negative-prompt"),
-        (["--device", "meta"], "device 'meta' can't be used"),
+        (["--device", "abacus"], "device 'abacus' is unknown"),
+        (["--dtype", "fp77"], "dtype 'fp77' is unknown"),
     ],
 )
 def test_bad_options_are_refused(model, options, cause):
     with pytest.raises(UserError, match=cause) as caught:
         sample(model, *options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "note"),
+    [
+        (["--device", "meta"], "device 'meta' can't be used here"),
+        (["--dtype", "fp16"], "dtype 'fp16' is not supported: going on in"),
+    ],
+)
+def test_what_this_machine_lacks_is_done_without_and_noted(model, options, note):
+    result = sample(model, "-n", "2", *options)
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(note)
+    assert len(result.stdout.splitlines()) == 2
 
 
 def test_options_without_effect_are_noted_and_not_recorded(model):
