@@ -55,6 +55,7 @@ def e2e(
     plain: int = typer.Option(5000, help="Unguided texts."),
     steps: int = typer.Option(32, help="Denoising steps."),
     solver: str | None = typer.Option(None, help="By default the model's own scheduler."),
+    temperature: float | None = typer.Option(None, help="Of the words; by default the pipeline's own."),
     strength: float = typer.Option(5.0, help="Of classifier guidance."),
     classifier_steps: int = typer.Option(4000, help="Training steps of the classifier."),
     rounds: int = typer.Option(5, help="Of timing."),
@@ -66,7 +67,7 @@ def e2e(
     set_scheduler(pipe, solver)
     train, real = (as_written(pipe.tokenizer, texts(data / f"{name}.txt")) for name in ("train", "valid"))
     judges: list[Judge] = [NGramJudge(train), *(judge_of(spec, train, pipe.device) for spec in judge)]
-    sampling = Sampling(steps)
+    sampling = Sampling(steps, options={} if temperature is None else {"temperature": temperature})
     labelled = attributes(data / "src1_train.txt")
     ensure_classifier(pipe, model, "attributes", labelled, ClassifierConfig(classifier_steps, several=True))
     friendly = Scorer(*zip(*friendliness(data / "src1_valid.txt"), strict=True))
@@ -83,7 +84,14 @@ def e2e(
         "labels": control.label_trials("attributes", asked, max(1, targets * each // len(asked)), strength, check),
     }
     unguided = sampling.draw(pipe, [None] * plain, 10**6)
-    figures: dict[str, Any] = {"steps": steps, "strength": strength, "labels": len(asked), "controls": {}}
+    figures: dict[str, Any] = {
+        "steps": steps,
+        "solver": type(pipe.scheduler).__name__,
+        "temperature": temperature,
+        "strength": strength,
+        "labels": len(asked),
+        "controls": {},
+    }
     for name, trials in demands.items():
         found = outcome(name, trials, control.draw_trials(pipe, trials, sampling), unguided, judges)
         figures["controls"][name] = row(found, cost(pipe, trials[0], sampling, rounds))
