@@ -31,10 +31,10 @@ def finish(output: Path, config: TrainConfig) -> None:
         train(started or config, output, resume=started is not None, reporter=display)
 
 
-def trained(output: Path, config: TrainConfig) -> TextDiffusionPipeline:
+def trained(output: Path, config: TrainConfig, dtype: str = "fp32") -> TextDiffusionPipeline:
     """The diffusion model of a run, see `finish`."""
     finish(output, config)
-    return load_pipeline(str(output))
+    return load_pipeline(str(output), dtype_name=dtype)
 
 
 def training_facts(output: Path, model: torch.nn.Module) -> dict[str, Any]:

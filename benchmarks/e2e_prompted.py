@@ -35,7 +35,7 @@ START: dict[str, Any] = {"space": "x0", "scale": 1.5, "temperature": 0.5, "lengt
 # One after the other, each from the best of the one before.
 SEARCH: tuple[list[dict[str, Any]], ...] = (
     [{"noise_scale": scale} for scale in (0.5, 0.7, 0.85)],
-    [{"space": space, "scale": scale} for space in ("x0", "logits") for scale in (1.25, 2.0, 3.0)],
+    [{"space": space, "scale": scale} for space in ("x0", "logits") for scale in (1.0, 1.25, 2.0)],
     [{"temperature": temperature} for temperature in (0.3, 0.76)],
     [{"length_bias": bias} for bias in (0.5, 1.0)],
     [{"noise_scale": scale} for scale in (0.4, 0.6, 0.8)],
@@ -50,6 +50,7 @@ def main(
     size: str = typer.Option("mini", help="Model size."),
     batch_size: int = typer.Option(64, help="Texts of 64 positions a step."),
     solver: str | None = typer.Option(None, help="By default the model's own scheduler."),
+    dtype: str = typer.Option("auto", help="Of sampling: fp32, bf16, or auto: the faster one."),
     meanings: int = typer.Option(100, help="Validation meanings to choose by."),
     test_meanings: int = typer.Option(630, help="Test meanings; 630 are all."),
     results: Path = typer.Option(Path("benchmarks/results/e2e_prompted.json"), help="Where the figures go."),
@@ -60,7 +61,7 @@ def main(
         tokenizer="word", min_count=11, size=size, max_length=64, batch_size=batch_size, infill=0.0,
         save_every=200, max_steps=max_steps, max_time=None if max_steps else seconds(max_time),
     )  # fmt: skip
-    pipe = trained(output, config)
+    pipe = trained(output, config, dtype)
     set_scheduler(pipe, solver)
     valid, test = validation_cases(data / "src1_valid.txt", meanings), test_cases(data / "testset_w_refs.csv")
     choosing: list[dict[str, Any]] = []
@@ -80,6 +81,7 @@ def main(
         results,
         {
             "solver": type(pipe.scheduler).__name__,
+            "dtype": str(pipe.denoiser.dtype),
             "test": testing,
             "validation": choosing,
             "training": training_facts(output, pipe.denoiser),

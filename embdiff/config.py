@@ -67,7 +67,7 @@ class TrainConfig:
     drop_prompt: float = 0.1
     infill: float = 0.1
     window: float = 0.6
-    draws: int = 4
+    draws: int = 1
     filter_ramp: int = 300
 
     dtype: str = "auto"
