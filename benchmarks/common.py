@@ -40,9 +40,10 @@ def trained(output: Path, config: TrainConfig, dtype: str = "fp32") -> TextDiffu
 def training_facts(output: Path, model: torch.nn.Module) -> dict[str, Any]:
     """How a model came about."""
     state = json.loads((sorted((output / "checkpoints").glob("step-*"))[-1] / "state.json").read_text())
-    parameters = sum(p.numel() for p in model.parameters())
+    options = read_config(output / "run.yaml")
     return {"steps": state["step"], "seconds": round(state["seconds"]), "tokens": state["tokens"],
-            "parameters": parameters, "size": read_config(output / "run.yaml")["size"]}  # fmt: skip
+            "parameters": sum(p.numel() for p in model.parameters()), "dtype": state["dtype"],
+            **{name: options[name] for name in ("size", "batch_size", "draws")}}  # fmt: skip
 
 
 def machine() -> str:

@@ -87,7 +87,7 @@ def e2e(
     figures: dict[str, Any] = {
         "steps": steps,
         "solver": type(pipe.scheduler).__name__,
-        "temperature": temperature,
+        "temperature": temperature or pipe.config.temperature,
         "strength": strength,
         "labels": len(asked),
         "controls": {},

@@ -92,6 +92,7 @@ def main(
                 for cell, seconds in zip(cells, medians, strict=True):
                     what = {"name": cell.name, "steps": cell.steps, "seconds": seconds}
                     figures["cells"].append(place | what | {"tokens_per_second": texts * tokens / seconds})
+                write(results, figures)
                 figures["parts"].append(place | parts(pipe, name, words, texts, tokens, rate, rounds))
                 write(results, figures)
     figures["ratios"] = ratios(figures["cells"])
@@ -210,14 +211,14 @@ def parts(
     h = network(z, torch.zeros(batch, device=device), None, last)
     predictor = Predictor(pipe._run([None], None, batch, length), network=network)
     weight, gamma = next(iter(predictor.weights.values())), torch.zeros(batch, device=device)
-    keep = torch.tensor([0, 2], device=device)
+    keep, table = torch.tensor([0, 2], device=device), predictor.table.to(weight.dtype)
     whole, forward, mean = timed(
         [
             lambda: pipe(
                 num_samples=batch, num_inference_steps=steps, draw_length=False, skip_padding=False, output_type="seq"
             ),
             recorded(lambda: network(z, gamma, None, last), device),
-            recorded(lambda: ops.expectation(h, weight, predictor.table, 0.76, keep), device),
+            recorded(lambda: ops.expectation(h, weight, table, 0.76, keep), device),
         ],
         2 * rounds,
     )
@@ -234,12 +235,13 @@ def recorded(run: Callable[[], object], device: torch.device) -> Callable[[], ob
     if device.type != "cuda":
         return run
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # what is made at a first run, and compiled, is made before
         for _ in range(3):
             run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):
         run()
     return graph.replay
 

@@ -153,7 +153,7 @@ def _by_blocks(
     Powers are of 2: torch leaves exp to MKL, which takes four times as long for it on some CPUs.
     """
     ends = F.linear(rows, weight[keep]).float()
-    most = max(BLOCK, BLOCK**2 // len(rows))
+    most = max(BLOCK, BLOCK**2 // max(1, len(rows)))
     space = torch.empty(2, len(rows) * min(most, len(weight)))
     best = torch.full((len(rows), 1), -torch.inf)
     plain, cold, mean = torch.zeros_like(best), torch.zeros_like(best), torch.zeros(len(rows), table.shape[1])

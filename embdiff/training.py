@@ -431,7 +431,7 @@ class Trainer:
             torch.manual_seed(mixed_seed(config.seed, step, part, rank))
         turn = step * config.accumulate + part
         length = self.window.at(turn)
-        # Where there are prompts, each is encoded once for several noise levels of its text.
+        # Where there are prompts, each can be encoded once for several noise levels of its text.
         several = self.train_set.prompt.shape[1] and not self.objective.whole
         draws = math.gcd(config.draws, config.batch_size) if several else 1
         each = self.window.count(config.batch_size // draws, turn)

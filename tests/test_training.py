@@ -75,9 +75,9 @@ def stop_after(steps: int):
     return lambda: next(calls) >= steps
 
 
-@pytest.mark.parametrize(("prompted", "dropout"), [(False, 0.0), (True, 0.0), (True, 0.2)])
-def test_a_stopped_and_resumed_run_ends_with_the_same_weights(tmp_path, prompted, dropout):
-    data, config = corpus(prompted), small(dropout=dropout)
+@pytest.mark.parametrize(("prompted", "options"), [(False, {}), (True, {}), (True, {"dropout": 0.2, "draws": 4})])
+def test_a_stopped_and_resumed_run_ends_with_the_same_weights(tmp_path, prompted, options):
+    data, config = corpus(prompted), small(**options)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(config, whole, corpus=data)
     with pytest.raises(Stopped):

@@ -131,18 +131,17 @@ def device(name: str) -> torch.device:
     try:
         torch.zeros(1, device=chosen).tolist()  # back again too: meta tensors hold nothing
     except (RuntimeError, AssertionError) as error:
-        instead = "cpu" if chosen.type == best else best
-        loss = ", without a GPU's speed" if instead == "cpu" else ""
-        print(
-            f"device {name!r} can't be used here ({str(error).splitlines()[0]}): going on on {instead}{loss}",
-            file=sys.stderr,
-        )
-        return torch.device(instead)
+        instead = "cpu" if chosen == torch.device(best) else best
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        loss = ": slower, and a seed gives another text than on a GPU" if instead == "cpu" else ""
+        print(f"device {name!r} can't be used here ({reason}), going on on {instead}{loss}", file=sys.stderr)
+        return device(instead)
     return chosen
 
 
 def dtype(name: str, chosen: torch.device) -> torch.dtype:
-    """fp32, bf16, or `auto`: whichever is faster on the device. Other precisions of torch give way to that one."""
+    """fp32, bf16, or `auto`: whichever is faster on the device. Other precisions of torch give way: the finer ones to
+    fp32, the coarser ones to the faster one."""
     import torch
 
     from embdiff import ops
@@ -152,14 +151,15 @@ def dtype(name: str, chosen: torch.device) -> torch.dtype:
     names = {
         "fp32": torch.float32,
         "float32": torch.float32,
+        "float": torch.float32,
         "bf16": torch.bfloat16,
         "bfloat16": torch.bfloat16,
     }
     other = getattr(torch, re.sub(r"^fp(?=\d)", "float", name), None)
     if name not in names and isinstance(other, torch.dtype) and other.is_floating_point:
-        fast = ops.fast_dtype(chosen.type)
-        print(f"dtype {name!r} is not supported: going on in {str(fast).removeprefix('torch.')}", file=sys.stderr)
-        return fast
+        instead = torch.float32 if other.itemsize > 4 else ops.fast_dtype(chosen.type)
+        print(f"dtype {name!r} is not supported: going on in {str(instead).removeprefix('torch.')}", file=sys.stderr)
+        return instead
     if name not in names:
         raise UserError(f"dtype {name!r} is unknown: choose auto, fp32 or bf16")
     if names[name] is torch.bfloat16 and ops.fast_dtype(chosen.type) is torch.float32:

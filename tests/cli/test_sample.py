@@ -7,8 +7,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from embdiff import vocabulary
-from embdiff.cli import app, main
+from embdiff import ops, vocabulary
+from embdiff.cli import app, common, main
 from embdiff.errors import UserError
 from embdiff.pipeline import TextDiffusionPipeline
 from tests.conftest import lively
@@ -145,6 +145,36 @@ def test_what_this_machine_lacks_is_done_without_and_noted(model, options, note)
     (line,) = result.stderr.splitlines()
     assert line.startswith(note)
     assert len(result.stdout.splitlines()) == 2
+
+
+def test_the_best_of_what_is_there_takes_the_place_of_what_is_not(monkeypatch, capsys):
+    zeros = torch.zeros
+
+    def one_gpu(*size, device):
+        if device.index:
+            raise RuntimeError("invalid device ordinal")
+        return zeros(*size)
+
+    def broken_gpu(*size, device):
+        if device.type == "cuda":
+            raise RuntimeError
+        return zeros(*size)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", one_gpu)
+    assert common.device("cuda:1") == torch.device("cuda")
+    assert "going on on cuda" in capsys.readouterr().err
+    monkeypatch.setattr(torch, "zeros", broken_gpu)
+    assert common.device("auto") == torch.device("cpu")
+    assert "a seed gives another text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "taken"), [("fp64", torch.float32), ("half", torch.bfloat16), ("bf16", torch.bfloat16)]
+)
+def test_precisions_give_way_to_no_coarser_one_than_need_be(monkeypatch, name, taken):
+    monkeypatch.setattr(ops, "fast_dtype", lambda device_type: torch.bfloat16)
+    assert common.dtype(name, torch.device("cpu")) is taken
 
 
 def test_options_without_effect_are_noted_and_not_recorded(model):
