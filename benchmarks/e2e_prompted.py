@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import typer
 from common import trained, training_facts, write
 
@@ -35,6 +34,7 @@ from embdiff.cli.common import seconds, set_scheduler
 from embdiff.config import TrainConfig
 from embdiff.evaluation.control import realised, slots
 from embdiff.evaluation.e2e import corpus_bleu, meaning_to_source, read_e2e_references
+from embdiff.evaluation.samples import draw
 from embdiff.guidance import ClassifierFreeGuidance, Guidance, Lexical
 from embdiff.pipeline import TextDiffusionPipeline
 
@@ -49,7 +49,6 @@ SEARCH: tuple[list[dict[str, Any]], ...] = (
 )
 EXCHANGED = ("name", "near")  # slots whose values are names
 DEMANDED = ((), EXCHANGED)
-BATCH = 50
 
 
 def main(
@@ -67,9 +66,11 @@ def main(
     results: Path = typer.Option(Path("benchmarks/results/e2e_prompted.json"), help="Where the figures go."),
 ) -> None:
     """Trains, chooses on validation meanings, measures on the test set."""
-    output.mkdir(parents=True, exist_ok=True)
-    pairs = output.parent / f"{output.name}-pairs.txt"
-    pairs.write_text("\n".join(exchanged((data / "src1_train.txt").read_text("utf-8").splitlines(), exchange)), "utf-8")
+    pairs = data / "src1_train.txt"
+    if exchange and not (output / "run.yaml").exists():  # a run goes on with the pairs that it began with
+        lines, pairs = pairs.read_text("utf-8").splitlines(), output.parent / f"{output.name}-pairs.txt"
+        output.mkdir(parents=True, exist_ok=True)
+        pairs.write_text("\n".join(exchanged(lines, exchange)), "utf-8")
     config = TrainConfig(
         data=str(pairs), validation=str(data / "src1_valid.txt"), separator="||",
         tokenizer="word", min_count=11, size=size, max_length=64, batch_size=batch_size, infill=0.0,
@@ -159,18 +160,14 @@ def drawn(
 ) -> list[str]:
     """One text for each source; those that demand the same words share a batch."""
     alike: dict[tuple[str, ...], list[int]] = defaultdict(list)
-    for i, source in enumerate(sources):
-        alike[tuple(slots(source)[name] for name in demanded if name in slots(source))].append(i)
-    texts = [""] * len(sources)
+    for i, meaning in enumerate(map(slots, sources)):
+        alike[tuple(meaning[name] for name in demanded if name in meaning)].append(i)
+    found: dict[int, str] = {}
     for words, members in alike.items():
         modules = [guidance, *([Lexical(words)] if words else [])]
-        for start in range(0, len(members), BATCH):
-            part = members[start : start + BATCH]
-            seeds = [torch.Generator().manual_seed(i) for i in part]
-            out: Any = pipe([sources[i] for i in part], generator=seeds, guidance=modules, **options)
-            for i, text in zip(part, out.texts, strict=True):
-                texts[i] = text
-    return texts
+        texts = draw(pipe, [sources[i] for i in members], seeds=members, guidance=modules, **options)
+        found |= zip(members, texts, strict=True)
+    return [found[i] for i in range(len(sources))]
 
 
 if __name__ == "__main__":

@@ -148,23 +148,16 @@ def dtype(name: str, chosen: torch.device) -> torch.dtype:
 
     if name == "auto":
         return ops.fast_dtype(chosen.type)
-    names = {
-        "fp32": torch.float32,
-        "float32": torch.float32,
-        "float": torch.float32,
-        "bf16": torch.bfloat16,
-        "bfloat16": torch.bfloat16,
-    }
-    other = getattr(torch, re.sub(r"^fp(?=\d)", "float", name), None)
-    if name not in names and isinstance(other, torch.dtype) and other.is_floating_point:
-        instead = torch.float32 if other.itemsize > 4 else ops.fast_dtype(chosen.type)
+    named = getattr(torch, re.sub(r"^(?:fp|(b)f)(?=\d)", r"\1float", name), None)
+    if not (isinstance(named, torch.dtype) and named.is_floating_point):
+        raise UserError(f"dtype {name!r} is unknown: choose auto, fp32 or bf16")
+    if named not in (torch.float32, torch.bfloat16):
+        instead = torch.float32 if named.itemsize > 4 else ops.fast_dtype(chosen.type)
         print(f"dtype {name!r} is not supported: going on in {str(instead).removeprefix('torch.')}", file=sys.stderr)
         return instead
-    if name not in names:
-        raise UserError(f"dtype {name!r} is unknown: choose auto, fp32 or bf16")
-    if names[name] is torch.bfloat16 and ops.fast_dtype(chosen.type) is torch.float32:
+    if named is torch.bfloat16 and ops.fast_dtype(chosen.type) is torch.float32:
         print(f"this {chosen.type} has no bf16 units: bf16 is emulated, and slower than --dtype fp32", file=sys.stderr)
-    return names[name]
+    return named
 
 
 def load_pipeline(

@@ -22,18 +22,20 @@ def draw(
     prompts: Sequence[str | None],
     *,
     seed: int = 0,
+    seeds: Sequence[int] | None = None,
     batch_size: int = 50,
     advance: Callable[[int], None] = lambda texts: None,
     **options: Any,
 ) -> list[str]:
     """One text for each prompt (None = from nothing); text i comes from seed + i, whatever its batch.
 
-    options: of the pipeline's call. advance: told how many texts were drawn.
+    seeds: of each text, in place of those. options: of the pipeline's call. advance: told how many texts were drawn.
     """
     texts: list[str] = []
+    seeds = range(seed, seed + len(prompts)) if seeds is None else seeds
     for start in range(0, len(prompts), batch_size):
         part: Any = prompts[start : start + batch_size]
-        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
+        generators = [torch.Generator().manual_seed(each) for each in seeds[start : start + batch_size]]
         out: Any = pipe(part, generator=generators, **options)
         texts += out.texts
         advance(len(part))
