@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -13,11 +13,14 @@ from embdiff.cli.common import load_pipeline, quiet, reuse_memory, run_config
 from embdiff.cli.train import Display
 from embdiff.config import TrainConfig, read_config
 from embdiff.data import read_examples
+from embdiff.errors import UserError
 from embdiff.evaluation.frontier import point
 from embdiff.evaluation.judges import Judge
 from embdiff.evaluation.samples import as_written
 from embdiff.pipeline import TextDiffusionPipeline
 from embdiff.training import train
+
+FACTS = "training.json"  # beside a model that was published
 
 
 def finish(output: Path, config: TrainConfig) -> None:
@@ -37,11 +40,25 @@ def trained(output: Path, config: TrainConfig, dtype: str = "fp32") -> TextDiffu
     return load_pipeline(str(output), dtype_name=dtype)
 
 
+def ship(output: Path, folder: Path) -> None:
+    """The model of a run as it is published: bf16 in safetensors, half the size, read back as fp32; and how it came
+    about. Such a folder serves as the folder of a run that is finished."""
+    if folder.exists():
+        raise UserError(f"{folder} exists: name another folder for --ship")
+    pipe = load_pipeline(str(output)).to(torch.bfloat16)
+    pipe.save_pretrained(folder)
+    facts = training_facts(output, pipe.denoiser) | {"machine": machine()}
+    (folder / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
+
+
 def training_facts(output: Path, model: torch.nn.Module) -> dict[str, Any]:
     """How a model came about."""
+    if (output / FACTS).exists():
+        return cast(dict[str, Any], json.loads((output / FACTS).read_text()))
     state = json.loads((sorted((output / "checkpoints").glob("step-*"))[-1] / "state.json").read_text())
     options = read_config(output / "run.yaml")
     return {"steps": state["step"], "seconds": round(state["seconds"]), "tokens": state["tokens"],
+            "texts": len(read_examples(options["data"])),
             "parameters": sum(p.numel() for p in model.parameters()), "dtype": state["dtype"],
             **{name: options[name] for name in ("size", "batch_size", "draws")}}  # fmt: skip
 

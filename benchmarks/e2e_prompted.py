@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import typer
-from common import trained, training_facts, write
+from common import ship, trained, training_facts, write
 
 from embdiff.batches import spread
 from embdiff.cli.common import seconds, set_scheduler
@@ -42,9 +42,9 @@ Cases = list[tuple[str, list[str]]]
 START: dict[str, Any] = {"space": "x0", "scale": 1.5, "temperature": 0.5, "length_bias": 0.0, "noise_scale": 1.0}
 # One after the other, each from the best of the one before.
 SEARCH: tuple[list[dict[str, Any]], ...] = (
-    [{"noise_scale": scale} for scale in (0.5, 0.7, 0.85)],
+    [{"noise_scale": scale} for scale in (0.0, 0.1, 0.25, 0.5)],
     [{"space": "x0", "scale": scale} for scale in (1.0, 1.25, 2.0)] + [{"space": "logits", "scale": 1.25}],
-    [{"temperature": temperature} for temperature in (0.3, 0.76)],
+    [{"temperature": temperature} for temperature in (0.35, 0.65, 0.8)],
     [{"length_bias": bias} for bias in (-0.5, 0.5)],
 )
 EXCHANGED = ("name", "near")  # slots whose values are names
@@ -63,6 +63,7 @@ def main(
     meanings: int = typer.Option(100, help="Validation meanings to choose by."),
     test_meanings: int = typer.Option(630, help="Test meanings; 630 are all."),
     exchange: int = typer.Option(0, help="Copies of each training pair with another name and neighbour."),
+    ship_to: Path | None = typer.Option(None, "--ship", help="Folder for the model as it is published."),
     results: Path = typer.Option(Path("benchmarks/results/e2e_prompted.json"), help="Where the figures go."),
 ) -> None:
     """Trains, chooses on validation meanings, measures on the test set."""
@@ -77,6 +78,8 @@ def main(
         save_every=200, max_steps=max_steps, max_time=None if max_steps else seconds(max_time),
     )  # fmt: skip
     pipe = trained(output, config, dtype)
+    if ship_to is not None:
+        ship(output, ship_to)
     pipe.compile = False  # batches have all sizes
     set_scheduler(pipe, solver)
     valid, test = validation_cases(data / "src1_valid.txt", meanings), test_cases(data / "testset_w_refs.csv")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.configuration_utils import FrozenDict
 from diffusers.utils import BaseOutput
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -97,7 +98,11 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         self._loops: Loops | None = None
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
-        """As diffusers does, with the classifiers beside the other parts."""
+        """As diffusers does, with the classifiers beside the other parts, and without the path that it came from."""
+        parts: list[Any] = [self, self.denoiser, *self.classifiers.values()]
+        for part in parts:
+            config = {name: value for name, value in part.config.items() if name != "_name_or_path"}
+            part._internal_dict = FrozenDict(config)
         super().save_pretrained(save_directory, **options)
         for name, classifier in self.classifiers.items():
             classifier.save_pretrained(classifier_folder(Path(save_directory), name))

@@ -157,6 +157,12 @@ def test_saving_and_loading_keep_every_bit(pipe, tmp_path):
     assert again.scheduler.noise_schedule == pipe.scheduler.noise_schedule
 
 
+def test_what_is_saved_does_not_tell_where_it_was_loaded_from(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "private")
+    TextDiffusionPipeline.from_pretrained(tmp_path / "private").save_pretrained(tmp_path / "published")
+    assert not [p for p in (tmp_path / "published").rglob("*.json") if "private" in p.read_text()]
+
+
 @pytest.mark.parametrize(
     ("options", "cause"),
     [
