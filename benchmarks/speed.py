@@ -60,6 +60,7 @@ def main(
     batch: list[int] = typer.Option([1, 16, 64], help="Texts at a time."),
     length: list[int] = typer.Option([64, 256, 1024], help="Tokens of a text."),
     steps: list[int] = typer.Option([2, 4, 8, 16, 32], help="Evaluations of ours and of masked diffusion."),
+    only: list[str] = typer.Option([], help="Cells whose names begin so, such as ours and generate; by default all."),
     rounds: int = typer.Option(5, help="Of which medians are taken."),
     longest: float = typer.Option(20.0, help="Seconds of arithmetic that a cell may take."),
     compile: bool = typer.Option(True, help="Compile ours, masked diffusion, the tight loop, and the static cache."),
@@ -83,6 +84,8 @@ def main(
                 pipe = pipeline(name, words, tokens, device, kind, compile)
                 place, cells = {"size": name, "batch": texts, "length": tokens}, list[Cell]()
                 for cell in contestants(pipe, name, words, texts, tokens, steps, kind, compile):
+                    if only and not cell.name.startswith(tuple(only)):
+                        continue
                     slow = cell.work / (plain_rate if cell.name.startswith(("naive", "diffusion-lm")) else rate)
                     if slow <= longest:
                         cells.append(cell)
@@ -210,8 +213,8 @@ def parts(
     network = pipe._network()
     h = network(z, torch.zeros(batch, device=device), None, last)
     predictor = Predictor(pipe._run([None], None, batch, length), network=network)
-    weight, gamma = next(iter(predictor.weights.values())), torch.zeros(batch, device=device)
-    keep, table = torch.tensor([0, 2], device=device), predictor.table.to(weight.dtype)
+    weight, _, table = predictor.outputs[pipe.denoiser]
+    keep, gamma = torch.tensor([0, 2], device=device), torch.zeros(batch, device=device)
     whole, forward, mean = timed(
         [
             lambda: pipe(

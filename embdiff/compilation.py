@@ -107,8 +107,9 @@ class Forward:
 
 
 def versions(module: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Tells whether weights were changed, or moved, or replaced."""
-    return tuple((t.data_ptr(), t._version) for t in chain(module.parameters(), module.buffers()))
+    """Tells whether weights were changed, or moved, or replaced. Those made in inference mode can't be told about."""
+    tensors = chain(module.parameters(), module.buffers())
+    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
 
 
 def packing() -> Any:

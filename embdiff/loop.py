@@ -182,7 +182,9 @@ class Loops:
             quantile = predictor.quantile.flatten().float()
         contexts = [plan.context and plan.context.widened(-(-plan.context.mask.shape[1] // 16) * 16) for plan in plans]
         denoiser = predictor.denoiser
-        inputs = Inputs(seeds, quantile, predictor.weights[denoiser], predictor.table, contexts).padded(bucket(B))
+        inputs = Inputs(seeds, quantile, predictor.outputs[denoiser].weight, predictor.table, contexts).padded(
+            bucket(B)
+        )
         key = (
             id(predictor.network.call), denoiser.dtype, kernels.precision(), predictor.run.length,
             predictor.temperature, predictor.length_bias, predictor.quantile is None, predictor.draw_above,

@@ -11,16 +11,28 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from embdiff import ops
-from embdiff.compilation import Forward
+from embdiff.compilation import Forward, versions
 from embdiff.denoiser import Context, Denoiser
 from embdiff.errors import UserError
 from embdiff.guidance.automaton import Automaton, Shares
 from embdiff.guidance.base import Branch, Combine, Constraint, Gradient, Guidance, Part, Run, Tilt, Veto, Words
+
+
+class Output(NamedTuple):
+    """How a denoiser's features become words, see `output_of`.
+
+    weight: [V, W + D], in the denoiser's precision; table: E [V, D], fp32; rounded: E in the denoiser's precision.
+    """
+
+    weight: Tensor
+    table: Tensor
+    rounded: Tensor
 
 
 class Plan(NamedTuple):
@@ -78,10 +90,10 @@ class Predictor:
         # Here, so that nothing is copied to the device in the loop.
         self.kept_ids = torch.tensor(self.kept, dtype=torch.long, device=run.device)
         self.quantile = None if quantile is None else quantile[:, None, None]
-        self.table = self.denoiser.space.table()
-        self.kept_embeddings = self.table[self.kept_ids]
         makers = {self.denoiser, *(part.denoiser for part in self.parts if isinstance(part, Branch) and part.denoiser)}
-        self.weights = {denoiser: denoiser.output_weight().to(denoiser.dtype) for denoiser in makers}
+        self.outputs = {denoiser: output_of(denoiser) for denoiser in makers}
+        self.table = self.outputs[self.denoiser].table
+        self.kept_embeddings = self.table[self.kept_ids]
         self.automata: dict[tuple[int, ...], Automaton] = {}
         self.automaton = self._automaton([part for part in self.parts if isinstance(part, Constraint)])
         self.vetoes = [part for part in self.parts if isinstance(part, Veto)]
@@ -144,7 +156,7 @@ class Predictor:
     def _nearest(self, z: Tensor) -> Tensor:
         """Of all texts that fulfil the constraints."""
         if self.automaton is None:
-            return self.denoiser.space.round(z)
+            return ops.argmax(z, self.table)  # see `EmbeddingSpace.round`
         best = ops.class_max(z, self.table, self.automaton.classes)
         return self._best(self.automaton, *best, z @ self.kept_embeddings.T)
 
@@ -228,7 +240,7 @@ class Predictor:
         """The changes of logits in this step."""
         draft = None
         if self_cond is not None and (plan.vetoes or any(tilt.looks_around for tilt in plan.tilts)):
-            draft = self.denoiser.space.round(self_cond)
+            draft = ops.argmax(self_cond, self.table)
 
         rows = self.rows
         if rows is None:
@@ -255,8 +267,8 @@ class Predictor:
         """By the head of the denoiser that made the features, in the embeddings of the run's."""
         automaton = plan.automaton
         classes = None if automaton is None else automaton.classes
-        weight = self.weights[denoiser or self.denoiser]
-        return ops.expectation(h, weight, self.table, self.temperature, self.kept_ids, classes, tilts)
+        weight, table = self.outputs[denoiser or self.denoiser].weight, self.outputs[self.denoiser].rounded
+        return ops.expectation(h, weight, table, self.temperature, self.kept_ids, classes, tilts)
 
     def _x0(self, posterior: ops.Posterior, gamma: float) -> Tensor:
         """The mean embedding, with the length tokens drawn at high noise and held back below."""
@@ -269,6 +281,21 @@ class Predictor:
             p = kept.sum(-1, keepdim=True)
             kept = kept / (p + (1 - p) * math.exp(self.length_bias)).clamp(min=1e-12)
         return kept @ self.kept_embeddings + (1 - kept.sum(-1, keepdim=True)) * mean
+
+
+OUTPUTS: WeakKeyDictionary[Denoiser, tuple[object, Output | None]] = WeakKeyDictionary()
+
+
+def output_of(denoiser: Denoiser) -> Output:
+    """The tables of a denoiser, kept from run to run until a weight changes."""
+    now = versions(denoiser)
+    known, output = OUTPUTS.get(denoiser, (None, None))
+    if output is None or known != now:
+        with torch.inference_mode(False), torch.no_grad():  # who finds them later may take gradients
+            weight, table = denoiser.output_weight(), denoiser.space.table()
+            output = Output(weight.to(denoiser.dtype), table, table.to(denoiser.dtype))
+        OUTPUTS[denoiser] = now, output
+    return output
 
 
 def predicted(

@@ -78,3 +78,18 @@ def test_left_out_positions_do_not_depend_on_the_batch(pipe, monkeypatch):
                     generator=[torch.Generator().manual_seed(s) for s in seeds]).sequences  # fmt: skip
 
     assert torch.equal(drawn(range(5))[3:], torch.cat([drawn([3]), drawn([4])]))
+
+
+def test_tables_are_kept_until_a_weight_changes(denoiser):
+    with torch.inference_mode():
+        before = prediction.output_of(denoiser)
+    assert prediction.output_of(denoiser) is before
+    h = torch.randn(2, before.weight.shape[1], requires_grad=True)
+    (h @ before.weight.T).square().sum().backward()  # whoever made them
+    for change in (lambda: denoiser.space.weight[3].add_(1.0), lambda: denoiser.head.weight.zero_()):
+        with torch.no_grad():
+            change()
+        found = prediction.output_of(denoiser)
+        assert torch.equal(found.table, denoiser.space.table())
+        assert torch.equal(found.weight, denoiser.output_weight())
+    assert prediction.output_of(denoiser.to(torch.bfloat16)).weight.dtype is torch.bfloat16
