@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 
+from embdiff.checkpoint import checkpoints, read_state
 from embdiff.cli.common import load_pipeline, quiet, reuse_memory, run_config
 from embdiff.cli.train import Display
 from embdiff.config import TrainConfig, read_config
@@ -34,17 +35,21 @@ def finish(output: Path, config: TrainConfig) -> None:
         train(started or config, output, resume=started is not None, reporter=display)
 
 
-def trained(output: Path, config: TrainConfig, dtype: str = "fp32") -> TextDiffusionPipeline:
-    """The diffusion model of a run, see `finish`."""
+def trained(
+    output: Path, config: TrainConfig, dtype: str = "fp32", publish: Path | None = None
+) -> TextDiffusionPipeline:
+    """The diffusion model of a run, see `finish`; put into the folder `publish` too, if there is one."""
+    if publish is not None and publish.exists():
+        raise UserError(f"{publish} exists: name another folder for --ship")
     finish(output, config)
+    if publish is not None:
+        ship(output, publish)
     return load_pipeline(str(output), dtype_name=dtype)
 
 
 def ship(output: Path, folder: Path) -> None:
     """The model of a run as it is published: bf16 in safetensors, half the size, read back as fp32; and how it came
     about. Such a folder serves as the folder of a run that is finished."""
-    if folder.exists():
-        raise UserError(f"{folder} exists: name another folder for --ship")
     pipe = load_pipeline(str(output)).to(torch.bfloat16)
     pipe.save_pretrained(folder)
     facts = training_facts(output, pipe.denoiser) | {"machine": machine()}
@@ -55,7 +60,7 @@ def training_facts(output: Path, model: torch.nn.Module) -> dict[str, Any]:
     """How a model came about."""
     if (output / FACTS).exists():
         return cast(dict[str, Any], json.loads((output / FACTS).read_text()))
-    state = json.loads((sorted((output / "checkpoints").glob("step-*"))[-1] / "state.json").read_text())
+    state = read_state(checkpoints(output)[-1])
     options = read_config(output / "run.yaml")
     return {"steps": state["step"], "seconds": round(state["seconds"]), "tokens": state["tokens"],
             "texts": len(read_examples(options["data"])),

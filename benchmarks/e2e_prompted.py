@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import typer
-from common import ship, trained, training_facts, write
+from common import trained, training_facts, write
 
 from embdiff.batches import spread
 from embdiff.cli.common import seconds, set_scheduler
@@ -63,7 +63,7 @@ def main(
     meanings: int = typer.Option(100, help="Validation meanings to choose by."),
     test_meanings: int = typer.Option(630, help="Test meanings; 630 are all."),
     exchange: int = typer.Option(0, help="Copies of each training pair of 5 slots with other values."),
-    ship_to: Path | None = typer.Option(None, "--ship", help="Folder for the model as it is published."),
+    ship: Path | None = typer.Option(None, help="Folder for the model as it is published."),
     results: Path = typer.Option(Path("benchmarks/results/e2e_prompted.json"), help="Where the figures go."),
 ) -> None:
     """Trains, chooses on validation meanings, measures on the test set."""
@@ -77,9 +77,7 @@ def main(
         tokenizer="word", min_count=11, size=size, max_length=64, batch_size=batch_size, infill=0.0,
         save_every=200, max_steps=max_steps, max_time=None if max_steps else seconds(max_time),
     )  # fmt: skip
-    pipe = trained(output, config, dtype)
-    if ship_to is not None:
-        ship(output, ship_to)
+    pipe = trained(output, config, dtype, ship)
     pipe.compile = False  # batches have all sizes
     set_scheduler(pipe, solver)
     valid, test = validation_cases(data / "src1_valid.txt", meanings), test_cases(data / "testset_w_refs.csv")

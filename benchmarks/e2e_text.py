@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from common import real_texts, ship, trained, training_facts, write
+from common import real_texts, trained, training_facts, write
 
 from embdiff.cli.common import parsed, seconds, set_scheduler
 from embdiff.config import TrainConfig
@@ -47,7 +47,7 @@ def main(
     bound: int | None = typer.Option(None, help="Validation lines for the bound; all by default."),
     levels: int = typer.Option(12, help="Noise levels for each of them."),
     drawn: Path | None = typer.Option(None, help="Samples to measure the coverage of, instead of drawing."),
-    ship_to: Path | None = typer.Option(None, "--ship", help="Folder for the model as it is published."),
+    ship: Path | None = typer.Option(None, help="Folder for the model as it is published."),
     results: Path = typer.Option(Path("benchmarks/results/e2e_text.json"), help="Where the figures go; added to."),
 ) -> None:
     """Trains, evaluates, prints the figures and adds them to --results; samples go into the run's folder."""
@@ -56,9 +56,7 @@ def main(
         size=size, max_length=64, batch_size=batch_size, infill=0.0, save_every=200,
         max_steps=max_steps, max_time=None if max_steps else seconds(max_time),
     )  # fmt: skip
-    pipe = trained(output, config)
-    if ship_to is not None:
-        ship(output, ship_to)
+    pipe = trained(output, config, publish=ship)
     set_scheduler(pipe, solver)
     facts = training_facts(output, pipe.denoiser)
     figures: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {}

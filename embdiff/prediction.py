@@ -283,18 +283,20 @@ class Predictor:
         return kept @ self.kept_embeddings + (1 - kept.sum(-1, keepdim=True)) * mean
 
 
-OUTPUTS: WeakKeyDictionary[Denoiser, tuple[object, Output | None]] = WeakKeyDictionary()
+# By denoiser: versions of its two weights, the weights, so that no others get their memory, and what was made of them.
+OUTPUTS: WeakKeyDictionary[Denoiser, tuple[object, list[Tensor], Output]] = WeakKeyDictionary()
 
 
 def output_of(denoiser: Denoiser) -> Output:
-    """The tables of a denoiser, kept from run to run until a weight changes."""
-    now = versions(denoiser)
-    known, output = OUTPUTS.get(denoiser, (None, None))
-    if output is None or known != now:
-        with torch.inference_mode(False), torch.no_grad():  # who finds them later may take gradients
-            weight, table = denoiser.output_weight(), denoiser.space.table()
-            output = Output(weight.to(denoiser.dtype), table, table.to(denoiser.dtype))
-        OUTPUTS[denoiser] = now, output
+    """The tables of a denoiser, kept from run to run until a weight changes; made anew of weights that can't tell."""
+    weights = [denoiser.head.weight.detach(), denoiser.space.weight.detach()]
+    now, known = versions(denoiser.head) + versions(denoiser.space), OUTPUTS.get(denoiser)
+    if known is not None and known[0] == now and not any(weight.is_inference() for weight in weights):
+        return known[-1]
+    with torch.inference_mode(False), torch.no_grad():  # who finds them later may take gradients
+        weight, table = denoiser.output_weight(), denoiser.space.table()
+        output = Output(weight.to(denoiser.dtype), table, table.to(denoiser.dtype))
+    OUTPUTS[denoiser] = now, weights, output
     return output
 
 

@@ -93,3 +93,8 @@ def test_tables_are_kept_until_a_weight_changes(denoiser):
         assert torch.equal(found.table, denoiser.space.table())
         assert torch.equal(found.weight, denoiser.output_weight())
     assert prediction.output_of(denoiser.to(torch.bfloat16)).weight.dtype is torch.bfloat16
+    with torch.inference_mode():  # such weights don't tell of changes
+        denoiser.head.weight = torch.nn.Parameter(torch.zeros_like(denoiser.head.weight))
+        prediction.output_of(denoiser)
+        denoiser.head.weight.fill_(1.0)
+        assert torch.equal(prediction.output_of(denoiser).weight.float(), denoiser.output_weight().bfloat16().float())
