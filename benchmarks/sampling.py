@@ -17,7 +17,7 @@ from common import judged, machine, real_texts
 from embdiff.cli.common import load_pipeline, quiet
 from embdiff.evaluation.judges import NGramJudge
 from embdiff.evaluation.samples import draw, some
-from embdiff.schedulers import scheduler_class
+from embdiff.schedulers import with_solver
 
 # What differs from the defaults of `embdiff sample`.
 SETTINGS: list[dict[str, Any]] = [
@@ -53,7 +53,7 @@ def main(
     rows = [("real text", judged(judge, some(real_texts(pipe, data / "valid.txt"), samples)))]
     for setting in SETTINGS:
         options = dict(setting)
-        pipe.scheduler = scheduler_class(options.pop("scheduler", "renoise")).from_config(trained.config)
+        pipe.scheduler = with_solver(trained, options.pop("scheduler", "renoise"))
         texts = draw(pipe, [None] * samples, num_inference_steps=steps, **options)
         rows.append((describe(setting), judged(judge, texts)))
         print(rows[-1], flush=True)

@@ -16,7 +16,7 @@ from common import judged, real_texts, write
 
 from embdiff.cli.common import load_pipeline, quiet
 from embdiff.data import Example
-from embdiff.evaluation.frontier import Point, cross_entropy_at, point
+from embdiff.evaluation.frontier import Point, at_entropy, point
 from embdiff.evaluation.judges import Judge, NGramJudge
 from embdiff.evaluation.samples import some
 from embdiff.tuning import Examiner, Trial, tune
@@ -58,7 +58,8 @@ def compared(examiner: Examiner, judge: Judge, best: Trial, samples: int) -> dic
     fresh = examiner.with_seeds(100_000, samples)
     own = place(best.solver, best.options, best.temperature, best.power)
     ddim = [place("ddim", {}, temperature, 1.0) for temperature in TEMPERATURES]
-    equal = cross_entropy_at(ddim, own.entropy)
+    found = at_entropy(ddim, own.entropy)
+    equal = None if found is None else found.cross_entropy
     return {
         "tuned": own._asdict() | best.options | {"power": best.power},
         "ddim": [found._asdict() for found in ddim],

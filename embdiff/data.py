@@ -21,7 +21,7 @@ from hashlib import blake2b
 from itertools import chain, islice
 from pathlib import Path
 
-from embdiff.errors import UserError
+from embdiff.errors import UserError, reason
 
 Rows = Iterator[tuple[str, Mapping[str, object]]]  # (where the row is, for messages; column -> value)
 
@@ -273,8 +273,7 @@ def _parquet_rows(path: Path) -> Rows:
     except (OSError, ValueError) as error:  # pyarrow's own errors are among these, and so is bad UTF-8
         if isinstance(error, UserError):
             raise
-        cause = _first_line(error)
-        raise UserError(f"cannot read {str(path)!r} as parquet: {cause}; write the file again") from None
+        raise UserError(f"cannot read {str(path)!r} as parquet: {reason(error)}; write the file again") from None
 
 
 def _table_examples(rows: Rows, options: _Options) -> Iterator[Example]:
@@ -395,18 +394,13 @@ def _hub_rows(name: str, config: str | None, split: str | None, progress: bool) 
     try:
         with hub_access():
             rows = datasets.load_dataset(name, config, split=split or "train")
-    except Exception as error:  # no network, no such data set, a broken one: the library has many errors
-        cause = " ".join(str(error).split())[:300].rstrip(" .") or type(error).__name__  # it lists what there is
+    except Exception as error:  # no network, no such data set, a broken one; the library lists what there is
         raise UserError(
-            f"{name!r} is neither a local file nor a data set that the hub gives ({cause}); "
+            f"{name!r} is neither a local file nor a data set that the hub gives ({reason(error, 300)}); "
             "check the name, written owner/name:config[split], and the network"
         ) from None
     for number, row in enumerate(rows, start=1):
         yield f"{name}, row {number}", row
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__).rstrip(" .")
 
 
 # --- the split -------------------------------------------------------------------------------------------

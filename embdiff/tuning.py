@@ -24,7 +24,7 @@ from embdiff.data import Example
 from embdiff.errors import UserError
 from embdiff.evaluation.ngram import NGram
 from embdiff.evaluation.samples import draw
-from embdiff.schedulers import SCHEDULERS, EmbeddingScheduler
+from embdiff.schedulers import EmbeddingScheduler, with_solver
 
 if TYPE_CHECKING:
     from embdiff.pipeline import TextDiffusionPipeline
@@ -36,6 +36,7 @@ SOLVERS: tuple[tuple[str, dict[str, Any]], ...] = (
 TEMPERATURES = (0.5, 0.76)
 POWERS = (0.8, 1.2, 1.5)
 BATCH = 48
+FEWEST = 8  # texts: below that a judge says nothing, and a scheduler would be chosen by chance
 
 
 class Trial(NamedTuple):
@@ -76,13 +77,15 @@ class Examiner:
         if not isinstance(pipe.scheduler, EmbeddingScheduler):
             name = type(pipe.scheduler).__name__
             raise UserError(f"the model has {name}, which has no levels to tune: give it an embdiff scheduler first")
-        if not train or not valid:
-            raise UserError("no texts to judge by: name a file with some hundred of them")
+        if len(train) < FEWEST or len(valid) < FEWEST:
+            raise UserError(
+                f"{len(train)} texts for a judge and {len(valid)} held out are too few to judge by: name a file with "
+                "some hundred of them"
+            )
         self.pipe, self.samples, self.seed, self.options = pipe, samples, seed, options
         self.trained = pipe.scheduler
         self.judge = NGram.fit([example.text for example in train], order=5, min_count=2)
-        self.words = frozenset(self.judge.vocabulary)
-        self.real = [self._known(example.text) for example in valid]
+        self.real = [example.text for example in valid]
         prompts = [example.prompt for example in valid] if pipe.denoiser.config.max_prompt_length else []
         self.prompts = [prompts[i % len(prompts)] if prompts else None for i in range(samples)]
 
@@ -95,17 +98,15 @@ class Examiner:
 
     def charged(self, texts: Sequence[str]) -> tuple[float, float]:
         """The two parts of (4)."""
-        known = [self._known(text) for text in texts]
-        coverage = NGram.fit(known, order=3, vocabulary=self.judge.vocabulary).cross_entropy(self.real)
-        return self.judge.cross_entropy(known), coverage
+        coverage = NGram.fit(texts, order=3, vocabulary=self.judge.vocabulary).cross_entropy(self.real)
+        return self.judge.cross_entropy(texts), coverage
 
     def scheduler(self, solver: str, options: dict[str, Any], powers: dict[int, float]) -> EmbeddingScheduler:
         """The solver over the trained noise schedule, with levels t_k = (1 - k / N)^p for each N in `powers`."""
         schedule = self.trained.noise_schedule
         levels = dict(self.trained.config.levels or {})
         levels |= {str(n): schedule.gamma((1 - np.arange(n) / n) ** p).tolist() for n, p in powers.items()}
-        changed: EmbeddingScheduler = SCHEDULERS[solver].from_config(self.trained.config, levels=levels, **options)
-        return changed
+        return with_solver(self.trained, solver, levels=levels, **options)
 
     def with_seeds(self, seed: int, samples: int) -> Examiner:
         """The same, with other samples."""
@@ -122,9 +123,6 @@ class Examiner:
             return draw(self.pipe, self.prompts, seed=self.seed, batch_size=BATCH, **options)
         finally:
             self.pipe.scheduler = self.trained
-
-    def _known(self, text: str) -> str:
-        return " ".join(word if word in self.words else "<unk>" for word in text.split())
 
 
 def tune(

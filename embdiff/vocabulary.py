@@ -16,7 +16,7 @@ from itertools import chain, takewhile
 from typing import TYPE_CHECKING, Any
 
 from embdiff.data import hub_access, local_path, looks_like_path
-from embdiff.errors import UserError
+from embdiff.errors import UserError, reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -57,25 +57,22 @@ def train_bpe(texts: Iterable[str], vocab_size: int = 8192) -> PreTrainedTokeniz
     return _wrap(tokenizer)
 
 
-def train_word(texts: Iterable[str], min_count: int = 2, max_size: int | None = None) -> PreTrainedTokenizerFast:
+def train_word(texts: Iterable[str], min_count: int = 2) -> PreTrainedTokenizerFast:
     """Words between whitespace that occur at least `min_count` times; all others are <unk>.
 
-    Ids go by descending count, then by alphabet. `max_size` bounds all entries, the 4 specials included.
-    Decoding joins the words with single blanks.
+    Ids go by descending count, then by alphabet, after the 4 specials. Decoding joins the words with single blanks.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     if min_count < 1:
         raise UserError(f"minimum word count {min_count} is below 1; give 1 to keep every word")
-    if max_size is not None and max_size <= len(SPECIALS):
-        raise UserError(f"vocabulary size {max_size} has no room for words; give more than {len(SPECIALS)}")
     counts = Counter(word for text in _non_empty(texts) for word in text.split())
     specials = list(SPECIALS.values())
     words = [word for word, count in counts.items() if count >= min_count and word not in specials]
     if not words:
         raise UserError(f"no word occurs {min_count} times; lower the minimum word count or give more text")
     entries = specials + sorted(words, key=lambda word: (-counts[word], word))
-    vocabulary = {entry: index for index, entry in enumerate(entries[:max_size])}
+    vocabulary = {entry: index for index, entry in enumerate(entries)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIALS["unk_token"]))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return _wrap(tokenizer)
@@ -97,9 +94,8 @@ def load(name_or_path: str) -> PreTrainedTokenizerBase:
             name = str(path) if path.exists() else name_or_path
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # no network, no such model, a broken file: the library has many errors
-        cause = next(iter(str(error).splitlines()), type(error).__name__).rstrip(" .")
         raise UserError(
-            f"{name_or_path!r} is neither a tokenizer folder nor one that the hub gives ({cause}); "
+            f"{name_or_path!r} is neither a tokenizer folder nor one that the hub gives ({reason(error)}); "
             "check the name and the network, or use 'bpe' or 'word'"
         ) from None
     needed = ("pad_token", "eos_token")

@@ -66,7 +66,7 @@ def test_a_trial_draws_the_same_texts_again_and_leaves_the_pipeline_as_it_was(pi
 def test_the_scheduler_samples_at_the_levels_that_were_found(candidate, steps, power):
     pipe = test_the_scheduler_samples_at_the_levels_that_were_found.pipe
     solver, options = candidate
-    examiner = Examiner(pipe, examples(20, 1), examples(5, 2), samples=1)
+    examiner = Examiner(pipe, examples(20, 1), examples(8, 2), samples=1)
     scheduler = examiner.scheduler(solver, options, {steps: power})
     scheduler.set_timesteps(steps)
     expected = pipe.scheduler.noise_schedule.gamma((1 - np.arange(steps) / steps) ** power)
@@ -80,5 +80,5 @@ def _pipe_for_hypothesis(pipe):
 
 
 def test_without_texts_there_is_nothing_to_judge_by(pipe):
-    with pytest.raises(UserError, match="no texts to judge by"):
+    with pytest.raises(UserError, match="too few to judge by"):
         Examiner(pipe, [], examples(3, 0))

@@ -12,10 +12,10 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from embdiff.data import read_lines
-from embdiff.errors import UserError
+from embdiff.errors import UserError, reason
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 COMPILE_HELP = "torch.compile of the denoiser; by default once it has worked for about a minute."
 SOLVERS = "ddim, ddpm, renoise, euler, euler-a, heun, churn, dpm++, dpm++3m, dpm++sde, dpm++3m-sde or unipc"
 GUIDANCE_HELP = "A module with its options, as length:words=12 or lexical:include=cheap pub|riverside; several times."
+SEPARATOR_HELP = "Between prompt and text in lines of .txt; by default the run's own."
+TEXT_COLUMN_HELP = "Of a table; by default the run's own, or text."
+PROMPT_COLUMN_HELP = "Of a table; by default the run's own, or prompt."
 UNITS = {"s": 1, "m": 60, "h": 3600}
 
 Advance = Callable[[str, int, int], None]  # told of what, how much is done, and of how much
@@ -132,9 +135,8 @@ def device(name: str) -> torch.device:
         torch.zeros(1, device=chosen).tolist()  # back again too: meta tensors hold nothing
     except (RuntimeError, AssertionError) as error:
         instead = "cpu" if chosen == torch.device(best) else best
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         loss = ": slower, and a seed gives another text than on a GPU" if instead == "cpu" else ""
-        print(f"device {name!r} can't be used here ({reason}), going on on {instead}{loss}", file=sys.stderr)
+        print(f"device {name!r} can't be used here ({reason(error)}), going on on {instead}{loss}", file=sys.stderr)
         return device(instead)
     return chosen
 
@@ -176,10 +178,11 @@ def load_pipeline(
 
 
 def set_scheduler(pipe: TextDiffusionPipeline, solver: str | None, noise_schedule: str | None = None) -> None:
-    """Another solver, and levels even in another schedule's time, over the noise schedule that the model has."""
-    from embdiff.schedulers import EmbeddingScheduler, with_solver
+    """Another solver, and levels even in another schedule's time, over the noise schedule that the model has; the
+    model's own solver stays as it was tuned."""
+    from embdiff.schedulers import EmbeddingScheduler, scheduler_class, with_solver
 
-    if solver is not None:
+    if solver is not None and type(pipe.scheduler) is not scheduler_class(solver):
         pipe.scheduler = with_solver(pipe.scheduler, solver)
     if noise_schedule is None:
         return
@@ -205,16 +208,39 @@ def run_corpus(model: str | Path, progress: bool = True) -> Corpus:
     return config.corpus(progress)
 
 
-def like_run(model: str | Path, data: str) -> list[Example]:
-    """The examples of another source, read as the run read its own."""
-    from embdiff.data import read_examples
+class Reading(NamedTuple):
+    """How texts and prompts are told apart in data, see `data.read_examples`; None = as the run did."""
 
-    config = run_config(model)
-    if config is None:
-        return read_examples(data)
-    if data.endswith(".txt"):
-        return read_examples(data, separator=config.separator)
-    return read_examples(data, text_column=config.text_column, prompt_column=config.prompt_column)
+    separator: str | None = None
+    text_column: str | None = None
+    prompt_column: str | None = None
+
+
+def like_run(model: str | Path, data: str, reading: Reading = Reading()) -> list[Example]:
+    """The examples of another source, read as the run read its own where `reading` names nothing else.
+
+    Of the run's options those for another kind of file are left out: its data may have been of that kind.
+    """
+    from embdiff.data import local_path, read_examples
+
+    config, path = run_config(model), local_path(data)
+    own = Reading() if config is None else Reading(config.separator, config.text_column, config.prompt_column)
+    if not path.is_dir():
+        own = Reading(own.separator) if path.suffix.lower() == ".txt" else own._replace(separator=None)
+    chosen = Reading(*(mine or its for mine, its in zip(reading, own, strict=True)))
+    return read_examples(
+        data, separator=chosen.separator, text_column=chosen.text_column, prompt_column=chosen.prompt_column
+    )
+
+
+def note_prompts(pipe: TextDiffusionPipeline, examples: list[Example]) -> None:
+    """Says so where a model of prompts is given texts without any: they may stand unseparated in the texts."""
+    if pipe.denoiser.config.max_prompt_length and not any(example.prompt for example in examples):
+        print(
+            "the model takes prompts and the data has none, so it writes without: name --separator or --prompt-column "
+            "if prompts stand in the data",
+            file=sys.stderr,
+        )
 
 
 def read_prompts(path: str) -> list[str]:

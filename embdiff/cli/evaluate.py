@@ -13,11 +13,16 @@ import typer
 from embdiff.cli.common import (
     COMPILE_HELP,
     GUIDANCE_HELP,
+    PROMPT_COLUMN_HELP,
+    SEPARATOR_HELP,
     SOLVERS,
+    TEXT_COLUMN_HELP,
+    Reading,
     check_output,
     check_seed,
     like_run,
     load_pipeline,
+    note_prompts,
     parsed,
     quiet,
     run_config,
@@ -38,6 +43,9 @@ def evaluate(
     data: str | None = typer.Option(
         None, help="Held-out texts, read like the training data; by default the run's own."
     ),
+    separator: str | None = typer.Option(None, help=SEPARATOR_HELP),
+    text_column: str | None = typer.Option(None, help=TEXT_COLUMN_HELP),
+    prompt_column: str | None = typer.Option(None, help=PROMPT_COLUMN_HELP),
     judge: list[str] = typer.Option(
         ["5-gram"], help="N-gram, a run of train --objective autoregressive, or a transformers folder; several times."
     ),
@@ -57,7 +65,9 @@ def evaluate(
     cfg_space: str = typer.Option("x0", help="Where guidance combines predictions: x0 or logits."),
     guidance: list[str] = typer.Option([], help=GUIDANCE_HELP),
     bound: int | None = typer.Option(None, help="Texts for the variational bound; 0 = none; by default all."),
-    passes: int = typer.Option(3, help="Of self-conditioning in the bound: 1 = none; 3 is tighter than 2, and slower."),
+    passes: int = typer.Option(
+        3, help="Of self-conditioning in the bound: 1 = none; 3 is tighter than 2, and slower. The flow has 2 at most."
+    ),
     flow: int = typer.Option(0, help="Texts for the probability flow's bound, which is slow; 0 = none."),
     seed: int = typer.Option(0, help="Of the first sample and of the noise in likelihoods."),
     batch_size: int = typer.Option(50, help="Texts at a time; samples do not depend on it."),
@@ -74,7 +84,7 @@ def evaluate(
     """
     check_seed(seed)
     check_output(output, overwrite)
-    modules = parsed(guidance)
+    modules, reading = parsed(guidance), Reading(separator, text_column, prompt_column)
     quiet()
     from embdiff.evaluation import report
     from embdiff.guidance import ClassifierFreeGuidance
@@ -86,12 +96,18 @@ def evaluate(
     )
     pipe = load_pipeline(model, device, dtype, compile)
     set_scheduler(pipe, scheduler)
-    valid, train, again = real_texts(model, data, judge_data, needed=samples > 0)
-    answers = None if references is None else read_references(model, references)
-    judges = named_judges(judge, pipe, train) if samples else []
+    valid, train, seen = real_texts(model, data, judge_data, needed=samples > 0, reading=reading)
+    note_prompts(pipe, valid)
+    answers = None if references is None else read_references(model, references, reading)
+    judges = named_judges(judge, pipe, train, valid) if samples else []
     with shown() as advance:
         figures = report.evaluate(pipe, valid, judges, protocol, train=train, references=answers, advance=advance)
-    figures = {"model": model, "data": data or "the run's validation texts", "seen_in_training": again, **figures}
+    figures = {
+        "model": model, "data": data or "the run's validation texts", "seen_in_training": seen,
+        "judges": judge, "judge_data": judge_data or "the run's training texts",
+        "seen_by_judges": overlap(valid, train), "references": None if references is None else str(references),
+        **reading._asdict(), **figures,
+    }  # fmt: skip
     drawn = figures.pop("texts", [])
     if as_json:
         print(json.dumps(figures, ensure_ascii=False, allow_nan=False), flush=True)
@@ -103,49 +119,61 @@ def evaluate(
 
 
 def real_texts(
-    model: str, data: str | None, judge_data: str | None, needed: bool = True
-) -> tuple[list[Example], list[str], int]:
-    """Held-out examples, training texts for judges, and how many of the first are among the second.
+    model: str, data: str | None, judge_data: str | None, needed: bool = True, reading: Reading = Reading()
+) -> tuple[list[Example], list[str], int | None]:
+    """Held-out examples, texts for judges, and how many of the first the model was trained on; None = nobody knows.
 
-    Both are those of the run where no others are named; there are no training texts where there is no run, or no need.
+    Both are those of the run where no others are named; there are no texts for judges where there is no run, or no
+    need.
     """
     own, train = None, list[str]()
-    if data is None or (needed and judge_data is None and run_config(model) is not None):
+    if data is None or run_config(model) is not None:
         try:
             own = run_corpus(model, progress=False)
         except UserError as error:
-            raise UserError(f"{error}; other texts than the run's are named by --data and --judge-data") from error
-    valid = own.valid if data is None and own is not None else like_run(model, str(data))
+            if data is None or (needed and judge_data is None):
+                raise UserError(f"{error}; other texts than the run's are named by --data and --judge-data") from error
+    valid = own.valid if data is None and own is not None else like_run(model, str(data), reading)
     if judge_data is not None:
-        train = [example.text for example in like_run(model, judge_data)]
-    elif own is not None:
+        train = [example.text for example in like_run(model, judge_data, reading)]
+    elif own is not None and needed:
         train = [example.text for example in own.train]
-    seen = set(train)
-    again = sum(example.text in seen for example in valid)
-    if again:
-        print(f"{again} of {len(valid)} held-out texts are among the training texts too", file=sys.stderr)
-    return valid, train, again
+    seen = None if own is None else overlap(valid, [example.text for example in own.train])
+    for count, whose in ((seen, "training"), (overlap(valid, train) if judge_data else 0, "judge's")):
+        if count:
+            print(f"{count} of {len(valid)} held-out texts are among the {whose} texts too", file=sys.stderr)
+    return valid, train, seen
 
 
-def read_references(model: str, path: Path) -> dict[str, list[str]]:
+def overlap(examples: list[Example], texts: list[str]) -> int:
+    """How many of the examples have one of the texts."""
+    known = set(texts)
+    return sum(example.text in known for example in examples)
+
+
+def read_references(model: str, path: Path, reading: Reading) -> dict[str, list[str]]:
     """The texts for each prompt of a file."""
     found: dict[str, list[str]] = {}
-    for example in like_run(model, str(path)):
+    for example in like_run(model, str(path), reading):
         if example.prompt is None:
             raise UserError(f"{path} has texts without prompts: references are pairs of prompt and text")
         found.setdefault(example.prompt, []).append(example.text)
     return found
 
 
-def named_judges(specs: list[str], pipe: TextDiffusionPipeline, train: list[str]) -> list[Judge]:
-    """The judges; n-grams are fitted to real texts as the model could have written them."""
-    from embdiff.evaluation.judges import judge_of
+def named_judges(specs: list[str], pipe: TextDiffusionPipeline, train: list[str], valid: list[Example]) -> list[Judge]:
+    """The judges; n-grams are fitted to real texts as the model could have written them, and must know the words of
+    the held-out ones."""
+    from embdiff.evaluation.judges import check_words, judge_of
     from embdiff.evaluation.samples import as_written
 
     if not train and any(spec.endswith("-gram") for spec in specs):
         raise UserError("an n-gram judge needs real texts, and the model has no run beside it: name --judge-data")
     known = as_written(pipe.tokenizer, train)
     judges = [judge_of(spec, known, pipe.device) for spec in specs]
+    held_out = as_written(pipe.tokenizer, [example.text for example in valid])
+    for judge in judges:
+        check_words(judge, held_out)
     names = [judge.name for judge in judges]
     if len(set(names)) < len(names):
         raise UserError(f"two judges are called {max(names, key=names.count)}: give each judge once")
@@ -166,11 +194,12 @@ def tables(figures: dict[str, Any]) -> Iterator[Any]:
     from rich.table import Table
 
     if figures["likelihood"]:
-        table = Table("nats per token, upper bound", "", "+- (texts)", "+- (noise)", "texts", title="likelihood")
+        columns = ("upper bounds, nats", "per token", "+- (texts)", "+- (noise)", "per word", "texts")
+        table = Table(*columns, title="likelihood")
         for name, found in figures["likelihood"].items():
             errors = (in_words(found[error]) for error in ("standard_error", "noise_error"))
-            name = f"{name}, {figures['protocol']['passes']} passes" if name == "bound" else name
-            table.add_row(name, f"{found['nats_per_token']:.4f}", *errors, str(found["texts"]))
+            place, a_word = (f"{found[what]:.4f}" for what in ("nats_per_token", "nats_per_word"))
+            table.add_row(f"{name}, {found['passes']} passes", place, *errors, a_word, str(found["texts"]))
         yield table
     if "samples" in figures:
         table = Table("", "samples", "real texts", title="texts", caption=caption(figures))

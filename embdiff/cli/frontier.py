@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,16 @@ import typer
 
 from embdiff.cli.common import (
     COMPILE_HELP,
+    PROMPT_COLUMN_HELP,
+    SEPARATOR_HELP,
+    TEXT_COLUMN_HELP,
+    Reading,
     check_counts,
     check_output,
     check_seed,
     check_temperature,
     load_pipeline,
+    note_prompts,
     quiet,
 )
 from embdiff.cli.evaluate import named_judges, real_texts
@@ -26,6 +32,9 @@ HEAD = "solver        steps  temperature  cross-entropy  entropy  distinct-4  wo
 def frontier(
     model: str = typer.Argument(..., help="Folder that embdiff train wrote, or a name on the hub."),
     data: str | None = typer.Option(None, help="Held-out texts, as in training; by default the run's own."),
+    separator: str | None = typer.Option(None, help=SEPARATOR_HELP),
+    text_column: str | None = typer.Option(None, help=TEXT_COLUMN_HELP),
+    prompt_column: str | None = typer.Option(None, help=PROMPT_COLUMN_HELP),
     judge: str = typer.Option("5-gram", help="As in embdiff eval."),
     judge_data: str | None = typer.Option(None, help="Texts for an N-gram judge; by default the run's training data."),
     steps: list[int] = typer.Option([8, 16, 32], help="Denoising steps; give it several times."),
@@ -56,6 +65,7 @@ def frontier(
     check_kind(picture)
     quiet()
     from embdiff.evaluation import frontier as frontiers
+    from embdiff.evaluation import report as reports
     from embdiff.evaluation.samples import as_written, some
     from embdiff.schedulers import scheduler_class
 
@@ -63,11 +73,17 @@ def frontier(
         if name != "own":
             scheduler_class(name)
     pipe = load_pipeline(model, device, dtype, compile)
-    valid, train, _ = real_texts(model, data, judge_data)
-    (judged,) = named_judges([judge], pipe, train)
+    valid, train, seen = real_texts(model, data, judge_data, reading=Reading(separator, text_column, prompt_column))
+    note_prompts(pipe, valid)
+    (judged,) = named_judges([judge], pipe, train, valid)
+    limit = int(pipe.denoiser.config.max_length)
+    valid = [example for example in valid if as_written(pipe.tokenizer, [example.text], limit)]
     if len(valid) < samples:
-        raise UserError(f"{len(valid)} held-out texts for {samples} samples: entropies of as many are compared")
-    chosen = [valid[i] for i in some(range(len(valid)), samples, seed)]
+        raise UserError(
+            f"{len(valid)} held-out texts that the model can end for {samples} samples: entropies of as many are "
+            "compared"
+        )
+    chosen = some(valid, samples, seed)
     real = frontiers.point(judged, as_written(pipe.tokenizer, [example.text for example in chosen]))
     prompted = int(pipe.denoiser.config.max_prompt_length) > 0
     if not as_json:
@@ -78,6 +94,8 @@ def frontier(
             typer.echo(line(found))
 
     report(real)
+    start = time.monotonic()
+    options = {"length_bias": length_bias, "noise_scale": noise_scale}
     points = frontiers.frontier(
         pipe,
         judged,
@@ -89,13 +107,20 @@ def frontier(
         batch_size=batch_size,
         report=report,
         guidance_scale=cfg_scale,
-        length_bias=length_bias,
-        noise_scale=noise_scale,
+        **options,
     )
     if as_json:
-        rows = [found._asdict() for found in points]
-        settings = {"model": model, "judge": judged.name, "samples": samples, "seed": seed, "cfg_scale": cfg_scale}
-        print(json.dumps(settings | {"real": real._asdict(), "points": rows, "picture": str(picture)}), flush=True)
+        figures = {
+            "model": model, "data": data or "the run's validation texts", "seen_in_training": seen,
+            "judge": judge, "judge_data": judge_data or "the run's training texts", "separator": separator,
+            "text_column": text_column, "prompt_column": prompt_column,
+            "samples": samples, "seed": seed, "batch_size": batch_size, "cfg_scale": cfg_scale, **options,
+            "solvers": {name: reports.scheduler_options(made) for name, made in
+                        frontiers.schedulers(pipe, solver).items()},
+            "real": real._asdict(), "points": [found._asdict() for found in points], "picture": str(picture),
+            "run": reports.environment(pipe, time.monotonic() - start),
+        }  # fmt: skip
+        print(json.dumps(reports.finite(figures), allow_nan=False), flush=True)
     frontiers.picture(points, real, judged.name, picture)
     if not as_json:
         typer.echo(f"picture in {picture}")

@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from embdiff.cli.common import check_counts, check_seed, like_run, load_pipeline, quiet, run_corpus
+from embdiff.cli.common import (
+    PROMPT_COLUMN_HELP,
+    SEPARATOR_HELP,
+    TEXT_COLUMN_HELP,
+    Reading,
+    check_counts,
+    check_seed,
+    like_run,
+    load_pipeline,
+    note_prompts,
+    quiet,
+    run_corpus,
+)
 
 if TYPE_CHECKING:
     from embdiff.data import Corpus, Example
@@ -22,6 +34,9 @@ def tune_steps(
     samples: int = typer.Option(192, help="Texts to draw for each candidate."),
     cfg_scale: float = typer.Option(1.0, help="Of the samples, as you will draw them."),
     data: str | None = typer.Option(None, help="Texts to judge by; by default the run's own data."),
+    separator: str | None = typer.Option(None, help=SEPARATOR_HELP),
+    text_column: str | None = typer.Option(None, help=TEXT_COLUMN_HELP),
+    prompt_column: str | None = typer.Option(None, help=PROMPT_COLUMN_HELP),
     device: str = typer.Option("auto", help="cpu, cuda or auto."),
     seed: int = typer.Option(0, help="Seed of the first sample."),
 ) -> None:
@@ -36,7 +51,9 @@ def tune_steps(
     from embdiff.tuning import Examiner, tune
 
     pipe = load_pipeline(str(model), device)
-    texts = run_corpus(model) if data is None else halves(like_run(model, data))
+    reading = Reading(separator, text_column, prompt_column)
+    texts = run_corpus(model) if data is None else halves(like_run(model, data, reading))
+    note_prompts(pipe, texts.train)
     examiner = Examiner(
         pipe, texts.train, some(texts.valid or texts.train, 500), samples=samples, seed=seed, guidance_scale=cfg_scale
     )

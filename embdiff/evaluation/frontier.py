@@ -67,9 +67,7 @@ def frontier(
     prompts: one for each text, None = from nothing. options: of the pipeline's call.
     """
     own, points = pipe.scheduler, list[Point]()
-    others = {name: own if name == "own" else with_solver(own, name) for name in solvers}
-    if not isinstance(own, EmbeddingScheduler):
-        raise UserError(f"the model has {type(own).__name__}: solvers are compared over an embdiff scheduler's levels")
+    others = schedulers(pipe, solvers)
     try:
         for name, n, temperature in product(solvers, steps, temperatures):
             pipe.scheduler = others[name]
@@ -89,18 +87,27 @@ def frontier(
     return points
 
 
-def cross_entropy_at(points: Sequence[Point], entropy: float) -> float | None:
-    """What a curve gives at an entropy, on lines between neighbours in temperature.
+def schedulers(pipe: TextDiffusionPipeline, solvers: Sequence[str]) -> dict[str, EmbeddingScheduler]:
+    """The solvers that `frontier` compares, by name."""
+    own = pipe.scheduler
+    if not isinstance(own, EmbeddingScheduler):
+        raise UserError(f"the model has {type(own).__name__}: solvers are compared over an embdiff scheduler's levels")
+    return {name: own if name == "own" else with_solver(own, name) for name in solvers}
 
-    The lowest where it passes there more than once, None where it never does.
+
+def at_entropy(points: Sequence[Point], entropy: float) -> Point | None:
+    """The place of a curve at an entropy, on lines between neighbours in temperature.
+
+    That of the lowest cross-entropy where it passes there more than once, None where it never does.
     """
     found = []
     for one, two in pairwise(sorted(points, key=lambda point: point.temperature)):
         if min(one.entropy, two.entropy) <= entropy <= max(one.entropy, two.entropy):
             width = two.entropy - one.entropy
             share = (entropy - one.entropy) / width if width else 0.0
-            found.append(one.cross_entropy + share * (two.cross_entropy - one.cross_entropy))
-    return min(found, default=None)
+            figures = (a + share * (b - a) for a, b in zip(one[2:], two[2:], strict=True))
+            found.append(Point(one.solver, one.steps, *figures))
+    return min(found, key=lambda point: point.cross_entropy, default=None)
 
 
 def picture(points: Sequence[Point], real: Point, judge: str, path: Path) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from embdiff.errors import UserError
+from embdiff.errors import UserError, reason
 from embdiff.evaluation.ngram import NGram
 
 if TYPE_CHECKING:
@@ -53,6 +53,19 @@ class NGramJudge:
         return np.array([-self.model.logprob(text).sum() for text in texts])
 
 
+def check_words(judge: Judge, texts: Sequence[str]) -> None:
+    """Refuses an n-gram to which most words of real texts are `<unk>`: it would find everything likely."""
+    if not isinstance(judge, NGramJudge):
+        return
+    known, words = set(judge.model.vocabulary), [word for text in texts for word in text.split()]
+    share = sum(word in known for word in words) / max(1, len(words))
+    if share < 0.5:
+        raise UserError(
+            f"the {judge.name} judge knows {share:.0%} of the held-out words, as its texts are few or of another kind: "
+            "name more of them with --judge-data"
+        )
+
+
 class AutoregressiveJudge:
     """A model of `embdiff train --objective autoregressive`."""
 
@@ -87,18 +100,32 @@ class TransformersJudge:
     def __init__(self, source: str, device: torch.device | str = "cpu") -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        options = {"use_safetensors": True, "output_loading_info": True, "local_files_only": True}
         try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(source)
-            self.model: Any = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True).eval().to(device)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(source, local_files_only=True)
+            found, told = AutoModelForCausalLM.from_pretrained(source, **options)
         except Exception as error:
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(
                 f"{source!r} is no judge: neither a run of `embdiff train --objective autoregressive` nor a causal "
-                f"language model of transformers ({reason})"
+                f"language model of transformers ({reason(error)})"
             ) from error
         self.name = Path(source).name
+        self.model: Any = found.eval().float().to(device)  # in one precision, whichever it was saved in
+        if missing := sorted(told["missing_keys"]):
+            raise UserError(f"the judge {source!r} lacks the weights {missing[0]}: choose a causal language model")
         if self.tokenizer.eos_token_id is None:
             raise UserError(f"the judge {source!r} has no end-of-text token: choose another one")
+        if not self._is_causal():
+            raise UserError(f"the judge {source!r} sees the words that it judges: choose a causal language model")
+
+    @torch.no_grad()
+    def _is_causal(self) -> bool:
+        """Whether another last token leaves what is said before it as it is."""
+        row = torch.arange(8, device=self.model.device) % min(8, len(self.tokenizer))
+        other = row.clone()
+        other[-1] = row[0]
+        one, two = self.model(torch.stack([row, other])).logits[:, :-1]
+        return torch.allclose(one, two, rtol=1e-5, atol=1e-6)
 
     @torch.no_grad()
     def nats(self, texts: Sequence[str]) -> NDArray[np.float64]:

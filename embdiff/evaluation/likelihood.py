@@ -3,7 +3,7 @@
     B batch   L target positions   D embedding dim   g0 < g1 the ends of the noise schedule
 
 Both are upper bounds on -log p(text | prompt) in nats, of all L positions: the end of text and padding are charged like
-words, and the sum is shared out among words and ends. So padding that is predicted badly is paid for by the words.
+tokens, and the sum is shared out among tokens and ends. So padding that is predicted badly is paid for by the words.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PASSES = 3  # of self-conditioning: the third is worth 0.02 nats, a fourth next 
 class Likelihood(NamedTuple):
     """An estimate over a set of texts.
 
-    nats_per_token: an upper bound, over words and ends of text.
+    nats_per_token: an upper bound, over tokens and ends of text.
     standard_error: of that mean, from the differences between texts; NaN for one text.
     noise_error: of other random numbers on the same texts, at most: that strata span texts makes the bound's smaller.
     parts: what nats_per_token is made of. texts, tokens: counted.
@@ -82,16 +82,21 @@ def flow_bound(
     schedule: NoiseSchedule,
     *,
     tolerance: float = TOLERANCE,
-    self_condition: bool = True,
+    passes: int = 2,
     seed: int = 0,
     batch_size: int = 64,
     advance: Callable[[int], None] = lambda texts: None,
 ) -> Likelihood:
-    """The bound of all texts by the probability flow, see `flow_nats`; each text is dequantised twice."""
+    """The bound of all texts by the probability flow, see `flow_nats`; each text is dequantised twice.
+
+    passes: of the denoiser, 2 = with self-conditioning, 1 = without.
+    """
+    if passes not in (1, 2):
+        raise UserError(f"{passes} passes of the flow: give 1 (no self-conditioning) or 2")
     generator = torch.Generator().manual_seed(seed)
 
     def twice(batch: Batch) -> Tensor:
-        nats = [flow_nats(denoiser, batch, schedule, generator, tolerance, self_condition) for _ in range(2)]
+        nats = [flow_nats(denoiser, batch, schedule, generator, tolerance, passes > 1) for _ in range(2)]
         return torch.stack(nats)[:, None]
 
     return _over(encoded, twice, ("flow",), batch_size, advance, denoiser.device)

@@ -11,7 +11,9 @@ import math
 import platform
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 Figures = dict[str, Any]
 FEWEST = 8  # texts: below that entropies and distances say nothing
 REVERSE_ORDER = 5
+LIBRARIES = ("embdiff", "torch", "transformers", "tokenizers", "diffusers", "numpy", "scipy", "sacrebleu")
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,8 @@ class Protocol:
     samples: texts to draw, the i-th from seed + i; 0 = none. steps: of sampling. mbr: candidates for each prompt of
     which the one nearest to the others is kept as well (a second set of figures); 0 = off. lowercase: before comparing
     with references. bound_texts: for the variational bound, None = all, 0 = none. levels: noise levels for each of
-    them. passes: of self-conditioning at each level, 1 = none. flow_texts, flow_tolerance: of the flow's bound.
-    options: of the pipeline's call.
+    them. passes: of self-conditioning at each level, 1 = none; the flow has at most 2. flow_texts, flow_tolerance: of
+    the flow's bound. options: of the pipeline's call.
     """
 
     samples: int = 1000
@@ -69,6 +72,8 @@ class Protocol:
             raise UserError("mbr 1 has nothing to choose from: give 2 or more candidates, or 0 for none")
         if 0 < self.samples < FEWEST:
             raise UserError(f"{self.samples} samples are too few to judge: draw {FEWEST} or more")
+        if self.mbr and not self.samples:
+            raise UserError(f"mbr {self.mbr} chooses among samples, and there are none: draw {FEWEST} or more")
 
 
 def evaluate(
@@ -92,6 +97,8 @@ def evaluate(
     Raises:
         UserError: for too few texts, or prompts without references.
     """
+    if references is not None and not protocol.samples:
+        raise UserError(f"references are for samples, and there are none: draw {FEWEST} or more")
     start = time.monotonic()
     limit = int(pipe.denoiser.config.max_length)
     tokens = pipe.tokenizer([example.text for example in valid], add_special_tokens=False, verbose=False)["input_ids"]
@@ -107,7 +114,7 @@ def evaluate(
     if protocol.samples:
         figures |= _sampled(pipe, short, judges, protocol, train, references, advance)
     figures["likelihood"] = _likelihoods(pipe, short, protocol, advance)
-    complete: Figures = finite(figures | {"run": run(pipe, time.monotonic() - start)})
+    complete: Figures = finite(figures | {"run": environment(pipe, time.monotonic() - start)})
     return complete
 
 
@@ -140,29 +147,36 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def run(pipe: TextDiffusionPipeline, seconds: float) -> Figures:
+def environment(pipe: TextDiffusionPipeline, seconds: float) -> Figures:
     """What else is needed to repeat figures: versions, device, precision, scheduler."""
-    import diffusers
     import torch
-    import transformers
 
-    import embdiff
-
-    libraries = {"embdiff": embdiff, "torch": torch, "transformers": transformers, "diffusers": diffusers, "numpy": np}
     device = pipe.device
     return {
-        "versions": {"python": platform.python_version()} | {n: str(m.__version__) for n, m in libraries.items()},
+        "versions": versions(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {platform.machine()}",
         "threads": torch.get_num_threads(),
         "dtype": str(pipe.denoiser.dtype).removeprefix("torch."),
         "parameters": sum(p.numel() for p in pipe.denoiser.parameters()),
-        "scheduler": {
-            "name": type(pipe.scheduler).__name__,
-            **{key: value for key, value in pipe.scheduler.config.items() if key[0] != "_" and key != "trained_betas"},
-        },
+        "scheduler": scheduler_options(pipe.scheduler),
         "temperature": pipe.config.temperature,
         "seconds": round(seconds, 1),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the libraries that figures depend on, as far as they are there."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def scheduler_options(scheduler: Any) -> Figures:
+    """A scheduler's class and options, without the tables that follow from them."""
+    options = {key: value for key, value in scheduler.config.items() if key[0] != "_" and key != "trained_betas"}
+    return {"name": type(scheduler).__name__, **options}
 
 
 def text_figures(texts: Sequence[str], real: Sequence[str], judges: Sequence[Judge], seed: int = 0) -> Figures:
@@ -233,13 +247,17 @@ def _likelihoods(
             pipe.denoiser, encoded, schedule, seed=protocol.seed, batch_size=protocol.batch_size,
             advance=counted(advance, what, len(encoded)), **settings,
         )  # fmt: skip
+        words = sum(len(example.text.split()) + 1 for example in chosen)  # and ends
         return {
             "nats_per_token": round(found.nats_per_token, 4),
+            "nats_per_word": round(found.nats_per_token * found.tokens / words, 4),
             "standard_error": round(found.standard_error, 4),
             "noise_error": round(found.noise_error, 4),
             "parts": {name: round(value, 4) for name, value in found.parts.items()},
             "texts": found.texts,
             "tokens": found.tokens,
+            "words": words,
+            "passes": settings["passes"],
         }
 
     figures: Figures = {}
@@ -248,7 +266,9 @@ def _likelihoods(
             protocol.bound_texts, "bound", bound, samples=protocol.levels, passes=protocol.passes
         )
     if protocol.flow_texts:
-        figures["flow"] = measured(protocol.flow_texts, "flow", flow_bound, tolerance=protocol.flow_tolerance)
+        figures["flow"] = measured(
+            protocol.flow_texts, "flow", flow_bound, tolerance=protocol.flow_tolerance, passes=min(protocol.passes, 2)
+        )
     return figures
 
 
@@ -262,7 +282,7 @@ def _sampled(
     advance: Callable[[str, int, int], None],
 ) -> Figures:
     limit = int(pipe.denoiser.config.max_length)
-    prompts, answers = _prompts(pipe, valid, protocol.samples, references)
+    prompts, answers = _prompts(pipe, valid, protocol.samples, references, protocol.mbr)
     known = as_written(pipe.tokenizer, [example.text for example in valid])
     others = as_written(pipe.tokenizer, train, limit)
     beside = _beside(pipe, valid, known, prompts, protocol.seed)
@@ -313,12 +333,18 @@ def _beside(
 
 
 def _prompts(
-    pipe: TextDiffusionPipeline, valid: Sequence[Example], count: int, references: dict[str, list[str]] | None
+    pipe: TextDiffusionPipeline,
+    valid: Sequence[Example],
+    count: int,
+    references: dict[str, list[str]] | None,
+    mbr: int = 0,
 ) -> tuple[list[str | None], list[list[str]]]:
     """The prompts to draw from, each once, and the references of each; no prompts for a model that takes none."""
     if not int(pipe.denoiser.config.max_prompt_length) or not any(example.prompt for example in valid):
         if references is not None:
             raise UserError("references are for prompts: this model takes none, or the texts have none")
+        if mbr:
+            raise UserError(f"mbr {mbr} is for prompts: this model takes none, or the texts have none")
         return [None] * count, []
     own: dict[str, list[str]] = {}
     for example in valid:

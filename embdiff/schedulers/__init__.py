@@ -51,16 +51,14 @@ def scheduler_class(name: str) -> type[EmbeddingScheduler]:
     return SCHEDULERS[name]
 
 
-def with_solver(scheduler: Any, name: str) -> EmbeddingScheduler:
-    """The solver of this name over the scheduler's noise schedule, as it is if it is that solver already.
+def with_solver(scheduler: Any, name: str, **options: Any) -> EmbeddingScheduler:
+    """The solver of this name over the scheduler's noise schedule, with these options and else its defaults.
 
-    What was tuned for another solver, its levels and options such as eta, stays behind.
+    What was tuned, levels and options such as eta, stays behind.
     """
-    cls = scheduler_class(name)
-    if type(scheduler) is cls:
-        return scheduler
-    kept = {key: value for key, value in scheduler.config.items() if key not in ("levels", "eta", "fresh")}
-    changed: EmbeddingScheduler = cls.from_config(kept)
+    tuned = ("levels", "eta", "fresh", "churn")
+    kept = {key: value for key, value in scheduler.config.items() if key not in tuned}
+    changed: EmbeddingScheduler = scheduler_class(name).from_config(kept, **options)
     return changed
 
 
@@ -161,4 +159,5 @@ __all__ = [
     "from_diffusers",
     "scheduler_class",
     "to_diffusers",
+    "with_solver",
 ]

@@ -100,6 +100,8 @@ def test_frontier_compares_samplers_with_as_many_real_texts(run, tmp_path):
     found = strict(evaluated("frontier", run, *options, "--json"))
     assert len(found["points"]) == 8
     assert found["real"]["solver"] == "real"
+    assert {"versions", "dtype", "scheduler"} <= set(found["run"])
+    assert found["length_bias"] == 1.0
     assert picture.read_text().count("</svg>") == 1
     shown = evaluated("frontier", run, *options, "--overwrite").splitlines()
     rows = [line.split() for line in shown[1:-1]]
@@ -128,13 +130,15 @@ def test_frontier_compares_samplers_with_as_many_real_texts(run, tmp_path):
         (["frontier", "RUN", "--solver", "cubic"], "cubic"),
         (["frontier", "RUN", "--steps", "0"], "--steps 0"),
         (["frontier", "RUN", "-n", "1"], "--samples 1"),
-        (["frontier", "RUN", "-n", "500"], "held-out texts for 500 samples"),
+        (["frontier", "RUN", "-n", "500"], "can end for 500 samples"),
         (["frontier", "RUN", "--picture", "SVG"], "--overwrite"),
         (["frontier", "RUN", "--picture", "FOLDER/foo"], "no known kind"),
         (["frontier", "RUN", "--batch-size", "0"], "--batch-size 0"),
         (["eval", "RUN", "--output", "FOLDER", "--overwrite"], "is a folder"),
         (["eval", "RUN", "--output", "/proc/eval.json"], "/proc/eval.json"),
         (["eval", "RUN", "--bound", "-3"], "bound_texts -3"),
+        (["eval", "RUN", "--judge-data", "TINY"], "knows"),
+        (["eval", "RUN", "-n", "0", "--references", "TINY"], "references are for samples"),
         (["eval", "RUN", "--steps", "99999999999"], "at most 1,000,000"),
     ],
 )
@@ -164,7 +168,37 @@ def test_a_run_whose_data_is_gone_needs_other_texts(run, tmp_path, capsys, monke
     options = ["--data", data, "--bound", "8", "--json"]
     assert strict(evaluated("eval", gone, *options, "-n", "0"))["likelihood"]["bound"]["texts"] == 8
     found = strict(evaluated("eval", gone, *options, "-n", "8", "--steps", "1", "--judge-data", data))
-    assert found["seen_in_training"] == 120
+    assert found["seen_in_training"] is None  # the data is gone
+    assert found["seen_by_judges"] == 120
+
+
+def test_texts_that_were_trained_on_are_counted_whatever_the_judge_read(run, tmp_path):
+    judge = tmp_path / "judge.txt"
+    judge.write_text("\n".join(f"x||{text}" for text in sentences(60, seed=7)))
+    data = ["--data", run.parent / "train.txt", "--bound", "4", "--json"]
+    assert strict(evaluated("eval", run, *data, "-n", "0"))["seen_in_training"] == 120
+    found = strict(evaluated("eval", run, *data, "-n", "8", "--steps", "1", "--judge-data", judge))
+    assert (found["seen_in_training"], found["seen_by_judges"]) == (120, 0)
+
+
+def test_prompts_are_read_as_the_run_read_them_or_as_told(run, tmp_path, pipe):
+    """The same pairs in a file, in a folder, as a table, and for a model without a run: the same figures."""
+    pairs = [line.split("||") for line in (run.parent / "valid.txt").read_text().splitlines()]
+    folder, table = tmp_path / "folder", tmp_path / "table.csv"
+    folder.mkdir()
+    shutil.copy(run.parent / "valid.txt", folder)
+    table.write_text("said,words\n" + "".join(f"{prompt},{text}\n" for prompt, text in pairs))
+    ways = {folder: [], table: ["--prompt-column", "said", "--text-column", "words"]}
+    options = ["-n", "8", "--steps", "1", "--bound", "0", "--json"]
+    found = [strict(evaluated("eval", run, "--data", data, *way, *options)) for data, way in ways.items()]
+    assert found[0]["samples"] == found[1]["samples"]
+    assert found[0]["conditional"] == found[1]["conditional"]
+    pipe.save_pretrained(tmp_path / "model")
+    alone = ["eval", tmp_path / "model", "--data", folder, *options, "--judge-data", folder]
+    assert "conditional" in strict(evaluated(*alone, "--separator", "||"))
+    result = CliRunner().invoke(app, list(map(str, alone)))
+    assert "name --separator" in result.stderr
+    assert "conditional" not in strict(result.stdout)
 
 
 def test_a_model_without_a_run_needs_texts_for_its_judge(pipe, tmp_path, capsys, monkeypatch):

@@ -50,9 +50,12 @@ def test_the_best_scheduler_is_saved_with_the_model_and_used(folder):
         (["--steps", "0"], "--steps 0"),
         (["--samples", "0"], "--samples 0"),
         (["--seed", "-1"], "--seed -1"),
+        (["--data", "TINY"], "too few to judge by"),
     ],
 )
 def test_bad_options_are_refused(folder, options, cause):
+    (folder / "tiny.txt").write_text("the cat .\na dog .\n")
+    options = [str(folder / "tiny.txt") if option == "TINY" else option for option in options]
     before = (folder / "model" / "scheduler" / "scheduler_config.json").read_text()
     with pytest.raises(UserError, match=cause):
         CliRunner().invoke(app, ["tune-steps", str(folder / "model"), *options], catch_exceptions=False)

@@ -4,11 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from embdiff.cli.common import set_scheduler
 from embdiff.errors import UserError
-from embdiff.evaluation.frontier import Point, cross_entropy_at, frontier, picture, point
+from embdiff.evaluation.frontier import Point, at_entropy, frontier, picture, point
 from embdiff.evaluation.judges import NGramJudge
 from embdiff.evaluation.samples import draw
-from embdiff.schedulers import DDIMScheduler, DPMSolver3SDEScheduler, with_solver
+from embdiff.schedulers import ChurnScheduler, DDIMScheduler, DPMSolver3SDEScheduler, with_solver
 from tests.conftest import sentences
 
 
@@ -49,9 +50,11 @@ def test_what_is_no_solver_leaves_the_pipeline_as_it_was(pipe):
 def test_a_straight_curve_is_read_off_exactly(entropies, slope, wanted):
     ordered = sorted(entropies)
     points = [at(entropy, 1 + slope * entropy)._replace(temperature=i + 1) for i, entropy in enumerate(ordered)]
-    found = cross_entropy_at(points, wanted)
+    found = at_entropy(points, wanted)
     if min(entropies) <= wanted <= max(entropies):
-        assert found == pytest.approx(1 + slope * wanted, abs=1e-6)
+        assert found.cross_entropy == pytest.approx(1 + slope * wanted, abs=1e-6)
+        assert found.entropy == pytest.approx(wanted, abs=1e-6)
+        assert found[:2] == points[0][:2]
     else:
         assert found is None
 
@@ -61,16 +64,21 @@ def test_a_curve_that_turns_is_read_where_it_is_lowest():
     curve = [(0.5, 4.3, 1.7), (0.65, 4.5, 1.9), (0.8, 4.55, 2.0), (1.0, 4.5, 2.6)]
     points = [at(entropy, value)._replace(temperature=t) for t, entropy, value in curve]
     for shuffled in (points, points[::-1]):
-        assert cross_entropy_at(shuffled, 4.52) == pytest.approx(1.94)
+        assert at_entropy(shuffled, 4.52).cross_entropy == pytest.approx(1.94)
 
 
 def test_a_named_solver_has_its_defaults_and_not_what_was_tuned_for_another(pipe):
     tuned = DPMSolver3SDEScheduler.from_config(pipe.scheduler.config, levels={"2": [3.0, 1.0]}, eta=0.5)
-    assert with_solver(tuned, "dpm++3m-sde") is tuned
-    other = with_solver(tuned, "dpm++sde")
-    assert other.config.levels is None
-    assert other.config.eta == 1.0
-    assert other.noise_schedule == tuned.noise_schedule
+    for name in ("dpm++3m-sde", "dpm++sde"):
+        other = with_solver(tuned, name)
+        assert other.config.levels is None
+        assert other.config.eta == 1.0
+        assert other.noise_schedule == tuned.noise_schedule
+    pipe.scheduler = tuned
+    set_scheduler(pipe, "dpm++3m-sde")  # as `embdiff sample` has it
+    assert pipe.scheduler is tuned
+    set_scheduler(pipe, "churn")
+    assert pipe.scheduler.config.churn == ChurnScheduler().config.churn
 
 
 def test_the_picture_is_drawn_or_refused_in_one_line(tmp_path):

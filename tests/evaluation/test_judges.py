@@ -1,6 +1,7 @@
 """Judges: text in, nats out, whatever the tokenizer."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -47,6 +48,25 @@ def test_a_transformers_judge_gives_the_sum_over_its_own_tokens(gpt2):
     by_hand = -sum(float(logp[i, token]) for i, token in enumerate(ids[1:]))
     assert judge.nats([text])[0] == pytest.approx(by_hand, rel=1e-5)
     assert cross_entropy(judge, [text]) == pytest.approx(by_hand / 7, rel=1e-5)
+
+
+def test_a_judge_that_sees_what_it_judges_is_refused(gpt2, tokenizer, tmp_path):
+    """BERT has a head for each word and no mask: the word itself is among what it reads. So would random weights be
+    a judge of nothing."""
+    from transformers import BertConfig, BertLMHeadModel, GPT2Model
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    bert = BertLMHeadModel(BertConfig(vocab_size=len(tokenizer), is_decoder=False, **sizes))
+    bert.save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    with pytest.raises(UserError, match="sees the words that it judges"):
+        TransformersJudge(str(tmp_path / "bert"))
+    shutil.copytree(gpt2, tmp_path / "untied")
+    config = GPT2Model.from_pretrained(gpt2).config
+    config.tie_word_embeddings = False
+    GPT2Model(config).save_pretrained(tmp_path / "untied")
+    with pytest.raises(UserError, match="lacks the weights"):
+        TransformersJudge(str(tmp_path / "untied"))
 
 
 def test_another_tokenizer_of_the_same_model_of_words_changes_nothing(gpt2):

@@ -92,8 +92,25 @@ def test_references_of_their_own_take_the_place_of_the_texts(pipe, pairs):
     own.pop("a dog")
     with pytest.raises(UserError, match="1 of 8 prompts have no reference, the first is 'a dog'"):
         evaluate(pipe, pairs, [], protocol, references=own)
+    alone = [Example(e.text) for e in pairs]
     with pytest.raises(UserError, match="references are for prompts"):
-        evaluate(pipe, [Example(e.text) for e in pairs], [], protocol, references=own)
+        evaluate(pipe, alone, [], protocol, references=own)
+    with pytest.raises(UserError, match="mbr 2 is for prompts"):
+        evaluate(pipe, alone, [], Protocol(samples=20, steps=2, mbr=2))
+    with pytest.raises(UserError, match="references are for samples"):
+        evaluate(pipe, pairs, [], Protocol(samples=0), references=own)
+
+
+def test_a_bound_is_a_word_as_well_as_a_token(pipe, pairs):
+    """One text is as likely by either count, and the flow has as many passes as the bound, up to two."""
+    for passes, of_flow in ((1, 1), (3, 2)):
+        protocol = Protocol(samples=0, passes=passes, flow_texts=2, flow_tolerance=0.5)
+        found = evaluate(pipe, pairs, [], protocol)["likelihood"]
+        assert (found["bound"]["passes"], found["flow"]["passes"]) == (passes, of_flow)
+        for each in found.values():
+            nats = each["nats_per_token"] * each["tokens"]
+            assert each["nats_per_word"] * each["words"] == pytest.approx(nats, rel=1e-3)
+        assert found["bound"]["words"] == sum(len(e.text.split()) + 1 for e in pairs)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +124,7 @@ def test_references_of_their_own_take_the_place_of_the_texts(pipe, pairs):
         ({"passes": 0}, "passes 0 is out of range"),
         ({"bound_texts": -3}, "bound_texts -3"),
         ({"seed": -1}, "seed -1"),
+        ({"mbr": 4}, "mbr 4 chooses among samples"),
     ],
 )
 def test_protocols_that_measure_nothing_are_refused(pipe, pairs, settings, cause):
