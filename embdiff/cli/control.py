@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
 
@@ -17,8 +19,10 @@ from embdiff.cli.common import (
     check_output,
     check_seed,
     load_pipeline,
+    note_prompts,
     parsed,
     quiet,
+    read_prompts,
     set_scheduler,
     shown,
 )
@@ -26,7 +30,8 @@ from embdiff.cli.evaluate import named_judges, real_texts
 from embdiff.errors import UserError
 
 if TYPE_CHECKING:
-    from embdiff.evaluation.control import Outcome, Trial
+    from embdiff.data import Example
+    from embdiff.evaluation.control import Check, Sample, Trial
     from embdiff.evaluation.scorer import Scorer
     from embdiff.guidance import Guidance
     from embdiff.pipeline import TextDiffusionPipeline
@@ -40,6 +45,9 @@ def eval_control(
         ["tokens", "words", "lexical"], help=f"{', '.join(CONTROLS)}; several times. custom: what --guidance says."
     ),
     data: str | None = typer.Option(None, help="Real texts, for lengths and words; by default the run's own."),
+    prompts: str | None = typer.Option(
+        None, help="File of prompts, one a line, or - for stdin; by default those of the real texts, if they have any."
+    ),
     targets: int = typer.Option(20, help="Demands of each control."),
     each: int = typer.Option(10, help="Texts for each demand."),
     plain: int = typer.Option(500, help="Unguided texts beside them."),
@@ -53,6 +61,11 @@ def eval_control(
     label_column: str | None = typer.Option(None, help="Column of the label in --scorer-data."),
     text_column: str | None = typer.Option(None, help="Column of the text in --scorer-data."),
     label: str | None = typer.Option(None, help="For custom: the scorer's label that texts shall have."),
+    lexicon: str | None = typer.Option(
+        None,
+        help="File of words, one a line: also tell what share of texts has any. For custom without --label, "
+        "success is to have none.",
+    ),
     judge: list[str] = typer.Option(["5-gram"], help="Of fluency, as in embdiff eval; several times."),
     judge_data: str | None = typer.Option(None, help="As in embdiff eval."),
     steps: int = typer.Option(32, help="Denoising steps."),
@@ -79,34 +92,43 @@ def eval_control(
     modules = parsed(guidance)
     if ("custom" in control) != bool(modules):
         raise UserError("--control custom and --guidance belong together: give both, or neither")
+    if "custom" in control and lexicon is None and (scorer_data is None or label is None):
+        raise UserError("--control custom needs to know what success is: give --scorer-data and --label, or --lexicon")
+    if label is not None and (scorer_data is None or "custom" not in control):
+        raise UserError(f"--label {label!r} is told by a scorer, in --control custom: give it and --scorer-data too")
     check_output(output, overwrite)
     quiet()
-    from embdiff.evaluation.control import Sampling, cost, draw_trials, outcome
+    from embdiff.evaluation.control import Sampling, check_judges, cost, draw_trials, free_of, outcome, scored
+    from embdiff.guidance.toxicity import read_lexicon
 
+    clean = None if lexicon is None else free_of(read_lexicon(lexicon))
+    scorer = None if scorer_data is None else new_scorer(scorer_data, text_column, label_column, seed)
+    success = clean if scorer is None or label is None else scored(scorer, label)
     pipe = load_pipeline(model, device, dtype, compile)
     set_scheduler(pipe, scheduler)
     valid, train, _ = real_texts(model, data, judge_data, needed=True)
-    scorer = None if scorer_data is None else new_scorer(scorer_data, text_column, label_column, seed)
-    judges = named_judges(judge, pipe, train)
+    real, asked = [example.text for example in valid], prompts_of(pipe, prompts, valid, targets)
+    judges = named_judges(judge, pipe, train, valid)
+    check_judges(judges, pipe, real)
+    demand = Demand(targets, each, seed, classifier, strength, scorer, modules, success)
+    demands = {name: prompted(demand.trials(name, pipe, real), asked) for name in control}
     sampling = Sampling(steps, seed, batch_size, {} if temperature is None else {"temperature": temperature})
-    real = [example.text for example in valid]
-    demands = {
-        name: trials(name, pipe, real, targets, each, seed, classifier, strength, modules, scorer, label)
-        for name in control
-    }
-    found: list[tuple[Outcome, float | None]] = []
+    rows: list[dict[str, Any]] = []
     with shown() as advance:
-        unguided = sampling.draw(pipe, [None] * plain, 10**6)
-        for name, asked in demands.items():
-            drawn = draw_trials(pipe, asked, sampling, partial(advance, name))
-            measured = outcome(name, asked, drawn, unguided, judges)
-            found.append((measured, cost(pipe, asked[0], sampling) if costs else None))
+        unguided = sampling.draw(pipe, [asked[i % len(asked)] for i in range(plain)], 10**6)
+        for name, trials in demands.items():
+            drawn = draw_trials(pipe, trials, sampling, partial(advance, name))
+            rows.append({**outcome(name, trials, drawn, unguided, judges)._asdict(), "cost": None})
+            rows[-1] |= in_lexicon(clean, [sample for part in drawn for sample in part], unguided)
+    for row in rows if costs else ():  # behind all drawing, which may have the denoiser compiled
+        ratio, *quartiles = cost(pipe, demands[row["control"]], sampling)
+        row |= {"cost": ratio, "cost_quartiles": quartiles}
     figures = {
         "model": model, "steps": steps, "targets": targets, "each": each, "plain": plain, "seed": seed,
-        "controls": [{**one._asdict(), "cost": ratio} for one, ratio in found],
+        "prompts": len([prompt for prompt in asked if prompt is not None]), "controls": rows,
     }  # fmt: skip
     text = json.dumps(figures, indent=None if as_json else 1, ensure_ascii=False)
-    print(text) if as_json else show(found)
+    print(text) if as_json else show(rows)
     if output is not None:
         output.write_text(text + "\n", encoding="utf-8")
 
@@ -120,55 +142,92 @@ def new_scorer(data: str, text_column: str | None, label_column: str | None, see
     return Scorer([e.text for e in examples], [e.prompt or "" for e in examples], seed)
 
 
-def trials(
-    name: str,
-    pipe: TextDiffusionPipeline,
-    real: list[str],
-    targets: int,
-    each: int,
-    seed: int,
-    classifier: str,
-    strength: float,
-    modules: list[Guidance],
-    scorer: Scorer | None,
-    label: str | None,
-) -> list[Trial]:
-    """What is demanded of one control."""
-    from embdiff.evaluation import control
+def prompts_of(
+    pipe: TextDiffusionPipeline, path: str | None, valid: list[Example], count: int
+) -> list[str] | list[None]:
+    """At most `count` prompts, of the file or else of held-out examples; [None] for a model without prompts."""
+    from embdiff.batches import spread
 
-    if name == "lexical":
-        return control.lexical_trials(real, control.known_words(pipe), targets, each, seed)
-    if name == "classifier":
-        if classifier not in pipe.classifiers:
-            raise UserError(f"the model has no classifier {classifier!r}: train one with embdiff train-classifier")
-        labels = list(pipe.classifiers[classifier].config.labels)[:targets]
-        known = set() if scorer is None else set(scorer.labels)
-        return control.label_trials(
-            classifier, labels, each, strength,
-            lambda one: control.scored(scorer, one) if scorer is not None and one in known else control.mentioned(one),
-        )  # fmt: skip
-    if name == "custom":
-        if scorer is None or label is None:
-            raise UserError("--control custom needs to know what success is: give --scorer-data and --label")
-        return [control.Trial(modules, control.scored(scorer, label), targets * each)]
-    return control.length_trials(pipe, real, name, targets, each, seed)
+    if path is not None:
+        found = read_prompts(path)
+    else:
+        note_prompts(pipe, valid)
+        takes = bool(pipe.denoiser.config.max_prompt_length)
+        found = list(dict.fromkeys(example.prompt for example in valid if takes and example.prompt))
+    return [found[i] for i in spread(len(found), count)] or [None]
 
 
-def show(found: list[tuple[Outcome, float | None]]) -> None:
-    """The outcomes as a table."""
+def prompted(trials: Sequence[Trial], prompts: Sequence[str | None]) -> list[Trial]:
+    """The trials, each under the next prompt."""
+    return [replace(trial, prompt=prompts[i % len(prompts)]) for i, trial in enumerate(trials)]
+
+
+def in_lexicon(clean: Check | None, drawn: list[Sample], plain: list[Sample]) -> dict[str, float]:
+    """The shares of texts, guided and not, that are not clean; none without a lexicon."""
+    from embdiff.evaluation.control import share
+
+    parts = {"in_lexicon": drawn, "plain_in_lexicon": plain}
+    return {} if clean is None else {name: 1 - share(clean, samples) for name, samples in parts.items()}
+
+
+class Demand(NamedTuple):
+    """What is asked of controls. scorer: of labels, None = they are looked for as words; success: of custom."""
+
+    targets: int
+    each: int
+    seed: int
+    classifier: str
+    strength: float
+    scorer: Scorer | None
+    modules: list[Guidance]
+    success: Check | None
+
+    def trials(self, name: str, pipe: TextDiffusionPipeline, real: list[str]) -> list[Trial]:
+        """Those of one control."""
+        from embdiff.evaluation import control
+
+        if name == "lexical":
+            return control.lexical_trials(real, control.known_words(pipe), self.targets, self.each, self.seed)
+        if name == "classifier":
+            if self.classifier not in pipe.classifiers:
+                raise UserError(
+                    f"the model has no classifier {self.classifier!r}: train one with embdiff train-classifier"
+                )
+            labels = list(pipe.classifiers[self.classifier].config.labels)[: self.targets]
+            return control.label_trials(self.classifier, labels, self.each, self.strength, self._labelled)
+        if name == "custom" and self.success is not None:
+            return [control.Trial(self.modules, self.success, self.each)] * self.targets
+        return control.length_trials(pipe, real, name, self.targets, self.each, self.seed)
+
+    def _labelled(self, label: str) -> Check:
+        from embdiff.evaluation.control import mentioned, scored
+
+        known = self.scorer is not None and label in self.scorer.labels
+        return scored(self.scorer, label) if self.scorer is not None and known else mentioned(label)
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """The outcomes as a table, a column for each control."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="control, beside unguided texts in brackets")
-    judges = list(found[0][0].fluency)
-    nats = (f"nats a word, {judge}" for judge in judges)
-    for column in ("control", "texts", "success", "end", *nats, "distinct 4", "entropy", "time"):
-        table.add_column(column, justify="left" if column == "control" else "right")
-    for one, ratio in found:
-        table.add_row(
-            one.control, str(one.texts), f"{one.success:.1%} ({one.by_chance:.1%})", f"{one.ended:.1%}",
-            *(f"{one.fluency[j]:.3f} ({one.plain_fluency[j]:.3f})" for j in judges),
-            f"{one.distinct_4:.3f} ({one.plain_distinct_4:.3f})", f"{one.entropy:.2f} ({one.plain_entropy:.2f})",
-            "" if ratio is None else f"x {ratio:.2f}",
-        )  # fmt: skip
+    def pair(row: dict[str, Any], name: str, plain: str, form: str) -> str:
+        return f"{row[name]:{form}} ({row[plain]:{form}})"
+
+    lines: dict[str, list[str]] = {
+        "texts": [str(row["texts"]) for row in rows],
+        "success": [pair(row, "success", "by_chance", ".1%") for row in rows],
+        "end with a sentence": [f"{row['ended']:.1%}" for row in rows],
+        **{f"nats a word, {judge}": [f"{row['fluency'][judge]:.3f} ({row['plain_fluency'][judge]:.3f})" for row in rows]
+           for judge in rows[0]["fluency"]},
+        "distinct 4-grams": [pair(row, "distinct_4", "plain_distinct_4", ".3f") for row in rows],
+        "entropy": [pair(row, "entropy", "plain_entropy", ".2f") for row in rows],
+    }  # fmt: skip
+    if "in_lexicon" in rows[0]:
+        lines["with words of the lexicon"] = [pair(row, "in_lexicon", "plain_in_lexicon", ".1%") for row in rows]
+    if rows[0]["cost"] is not None:
+        lines["time"] = [f"x {row['cost']:.2f}" for row in rows]
+    table = Table("", *(row["control"] for row in rows), title="control, beside unguided texts in brackets")
+    for name, cells in lines.items():
+        table.add_row(name, *cells)
     Console().print(table)

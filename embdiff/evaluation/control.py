@@ -6,13 +6,18 @@ depends on length (short texts are likelier a word), so unguided texts are weigh
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from hashlib import blake2b
+from itertools import cycle, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -30,12 +35,20 @@ from embdiff.guidance.lexical import matcher
 if TYPE_CHECKING:
     from embdiff.pipeline import TextDiffusionPipeline
 
-Check = Callable[[str], bool]
+
+class Sample(NamedTuple):
+    """A text as it was drawn. tokens: before its end; the text tokenised anew may have fewer."""
+
+    text: str
+    tokens: int
+
+
+Check = Callable[[Sample], bool]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One demand on some texts. check: whether a text has it; count: texts; prompts: of each text, None = none."""
+    """One demand on some samples. check: whether a sample has it; count: samples; prompt: of all, None = none."""
 
     guidance: Sequence[Guidance]
     check: Check
@@ -65,7 +78,7 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How texts are drawn in every trial."""
+    """How samples are drawn in every trial. options: of the pipeline's call, beside steps and guidance."""
 
     steps: int = 32
     seed: int = 0
@@ -74,14 +87,46 @@ class Sampling:
 
     def draw(
         self, pipe: TextDiffusionPipeline, prompts: Sequence[str | None], seed: int, *guidance: Guidance
-    ) -> list[str]:
-        """One text for each prompt."""
-        options = dict(self.options)
-        before = options.pop("guidance", ())
-        return draw(
-            pipe, prompts, seed=self.seed + seed, batch_size=self.batch_size, num_inference_steps=self.steps,
-            guidance=[*before, *guidance], **options,
+    ) -> list[Sample]:
+        """One for each prompt; seed: of the first one, counted from `self.seed` on."""
+        tokens: list[int] = []
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            out: Any = pipe(*arguments, **options)
+            tokens.extend(len(vocabulary.before_end(pipe.tokenizer, ids)) for ids in out.sequences.tolist())
+            return out
+
+        texts = draw(
+            cast("TextDiffusionPipeline", counted), prompts, seed=self.seed + seed, batch_size=self.batch_size,
+            num_inference_steps=self.steps, guidance=guidance, **self.options,
         )  # fmt: skip
+        return list(map(Sample, texts, tokens))
+
+
+class Kept:
+    """Samples on disk, so that those of a trial are drawn once, however often it is asked for.
+
+    path: of a jsonl with a line for each trial, made when there is one. A line that isn't whole, of a run that was
+    killed, doesn't count.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.known: dict[str, list[Sample]] = {}
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+        for line in lines:
+            with suppress(ValueError):
+                row = json.loads(line)
+                self.known[row["of"]] = [Sample(*each) for each in row["samples"]]
+
+    def samples(self, of: str, drawn: Callable[[], list[Sample]]) -> list[Sample]:
+        """Those kept under `of`, or else what `drawn` gives, kept from now on."""
+        if of not in self.known:
+            self.known[of] = drawn()
+            line = json.dumps({"of": of, "samples": self.known[of]})
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(f"\n{line}\n")  # not behind a line that isn't whole
+        return self.known[of]
 
 
 def draw_trials(
@@ -89,35 +134,75 @@ def draw_trials(
     trials: Sequence[Trial],
     sampling: Sampling,
     advance: Callable[[int, int], None] = lambda done, total: None,
-) -> list[list[str]]:
-    """The texts of each trial."""
-    found = list[list[str]]()
+    kept: Kept | None = None,
+) -> list[list[Sample]]:
+    """The samples of each trial; those that are kept are not drawn anew."""
+    found = list[list[Sample]]()
     total = sum(trial.count for trial in trials)
+    model = "" if kept is None else fingerprint(pipe)
     for trial in trials:
         done = sum(map(len, found))
-        found.append(sampling.draw(pipe, [trial.prompt] * trial.count, done, *trial.guidance))
+
+        def drawn(trial: Trial = trial, done: int = done) -> list[Sample]:
+            return sampling.draw(pipe, [trial.prompt] * trial.count, done, *trial.guidance)
+
+        of = f"{model}, {sampling}, {trial.count} from {done}, {trial.prompt!r}, {list(trial.guidance)}"
+        found.append(drawn() if kept is None else kept.samples(of, drawn))
         advance(done + trial.count, total)
     return found
 
 
-def outcome(
-    control: str, trials: Sequence[Trial], drawn: Sequence[Sequence[str]], plain: Sequence[str], judges: Sequence[Judge]
-) -> Outcome:
-    """What the texts of all trials are worth.
+def fingerprint(pipe: TextDiffusionPipeline) -> str:
+    """A hash of what samples depend on beside the call: weights, tokenizer, solver, temperature."""
+    scheduler = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
+    rest = [vocabulary.fingerprint(pipe.tokenizer), type(pipe.scheduler).__name__, sorted(scheduler.items(), key=repr)]
+    digest = blake2b(repr([*rest, pipe.config.temperature]).encode(), digest_size=8)
+    parts: list[Any] = [pipe.denoiser, *(pipe.classifiers[name] for name in sorted(pipe.classifiers))]
+    for part in parts:
+        for name, weight in part.state_dict().items():
+            digest.update(name.encode() + weight.double().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
-    plain: unguided texts, at least as many as guided ones make a fair comparison of variety.
+
+def outcome(
+    control: str,
+    trials: Sequence[Trial],
+    drawn: Sequence[Sequence[Sample]],
+    plain: Sequence[Sample],
+    judges: Sequence[Judge],
+) -> Outcome:
+    """What the samples of all trials are worth.
+
+    plain: unguided samples, at least as many as guided ones make a fair comparison of variety; under prompts, if the
+    trials have any.
     """
-    texts = [text for part in drawn for text in part]
+    texts, plain_texts = [sample.text for part in drawn for sample in part], [sample.text for sample in plain]
     success = sum(sum(map(trial.check, part)) for trial, part in zip(trials, drawn, strict=True)) / len(texts)
-    chance = float(np.mean([sum(map(trial.check, plain)) / len(plain) for trial in trials]))
+    chance = statistics.fmean(share(trial.check, plain) for trial in trials)
     fewest = min(len(texts), len(plain))
-    guided_part, plain_part = (metrics_of(part, fewest) for part in (texts, list(plain)))
+    guided_part, plain_part = (metrics_of(part, fewest) for part in (texts, plain_texts))
     return Outcome(
         control, len(texts), success, chance, ended(texts),
         {judge.name: cross_entropy(judge, texts) for judge in judges},
-        {judge.name: fluency_at_lengths(judge, plain, texts) for judge in judges},
+        {judge.name: fluency_at_lengths(judge, plain_texts, texts) for judge in judges},
         guided_part[0], plain_part[0], guided_part[1], plain_part[1],
     )  # fmt: skip
+
+
+def share(check: Check, samples: Sequence[Sample]) -> float:
+    """The share of samples that pass."""
+    return sum(map(check, samples)) / len(samples)
+
+
+def check_judges(judges: Sequence[Judge], pipe: TextDiffusionPipeline, real: Sequence[str]) -> None:
+    """Has each judge score a text as long as the model can write, pieced together from real ones.
+
+    Raises UserError for a judge that can't: before hours of sampling, not behind them.
+    """
+    limit = int(pipe.denoiser.config.max_length)
+    ids = vocabulary.tokens(pipe.tokenizer, " ".join(islice(cycle(real), limit)))[:limit]
+    for judge in judges:
+        judge.nats([vocabulary.decode(pipe.tokenizer, ids)])
 
 
 def metrics_of(texts: Sequence[str], count: int) -> tuple[float, float]:
@@ -157,30 +242,31 @@ def length_trials(
     pipe: TextDiffusionPipeline, real: Sequence[str], unit: str, targets: int, each: int, seed: int = 0
 ) -> list[Trial]:
     """Exact lengths, as real texts have them. unit: tokens, words or characters."""
-    count, tokens = counter(pipe, unit), counter(pipe, "tokens")
-    limit = int(pipe.denoiser.config.max_length)
-    lengths = [count(text) for text in real if 0 < tokens(text) < limit]
+    count, limit = counter(unit), int(pipe.denoiser.config.max_length)
+    samples = [Sample(text, len(vocabulary.tokens(pipe.tokenizer, text))) for text in real]
+    lengths = [count(sample) for sample in samples if 0 < sample.tokens < limit]
     if not lengths:
         raise UserError(f"no real text is short enough for the model's {limit} tokens: give others")
     chosen = np.random.default_rng((seed, 1)).choice(lengths, targets)
-    # Samples of one length come together, so that one automaton serves many.
 
     def trial(n: int) -> Trial:
         given: dict[str, Any] = {unit: n}
-        return Trial([Length(**given)], lambda text: count(text) == n, each)
+        return Trial([Length(**given)], lambda sample: count(sample) == n, each)
 
+    # In order, so that the middle one has the median length, see `cost`.
     return [trial(int(n)) for n in sorted(chosen)]
 
 
-def counter(pipe: TextDiffusionPipeline, unit: str) -> Callable[[str], int]:
-    """How long a text is."""
-    if unit == "words":
-        return lambda text: len(text.split())
-    if unit == "characters":
-        return len
-    if unit != "tokens":
-        raise UserError(f"length in {unit!r} is unknown: choose tokens, words or characters")
-    return lambda text: len(vocabulary.tokens(pipe.tokenizer, text))
+def counter(unit: str) -> Callable[[Sample], int]:
+    """How long a sample is, in tokens, words or characters."""
+    counts: dict[str, Callable[[Sample], int]] = {
+        "tokens": lambda sample: sample.tokens,
+        "words": lambda sample: len(sample.text.split()),
+        "characters": lambda sample: len(sample.text),
+    }
+    if unit not in counts:
+        raise UserError(f"length in {unit!r} is unknown: choose {', '.join(counts)}")
+    return counts[unit]
 
 
 def lexical_trials(
@@ -202,11 +288,11 @@ def lexical_trials(
         lowered = {word.casefold() for word in include}
         rest = [word for word in second if word.casefold() not in lowered]
         exclude = [str(word) for word in generator.choice(rest, min(3, len(rest)), replace=False)]
-        trials.append(Trial([Lexical(include, exclude)], having(include, exclude), each))
+        trials.append(Trial([Lexical(include, exclude)], by_text(having(include, exclude)), each))
     return trials
 
 
-def having(include: Sequence[str], exclude: Sequence[str] = ()) -> Check:
+def having(include: Sequence[str], exclude: Sequence[str] = ()) -> Callable[[str], bool]:
     """Whether a text has all of the one and none of the other, as whole words."""
     wanted, banned = [matcher([phrase]) for phrase in include], matcher(exclude)
 
@@ -217,6 +303,16 @@ def having(include: Sequence[str], exclude: Sequence[str] = ()) -> Check:
     return check
 
 
+def by_text(has: Callable[[str], bool]) -> Check:
+    """A check that looks at texts alone."""
+    return lambda sample: has(sample.text)
+
+
+def free_of(phrases: Sequence[str]) -> Check:
+    """Whether a text has none of the phrases, as whole words."""
+    return by_text(having((), phrases))
+
+
 def known_words(pipe: TextDiffusionPipeline) -> Callable[[str], bool]:
     """Whether the model's tokenizer can spell a word."""
     tokenizer = pipe.tokenizer
@@ -224,40 +320,78 @@ def known_words(pipe: TextDiffusionPipeline) -> Callable[[str], bool]:
 
 
 def label_trials(
-    classifier: str, labels: Sequence[str], each: int, strength: float, check: Callable[[str], Check], **options: Any
+    classifier: str, labels: Sequence[str], each: int, strength: float, check: Callable[[str], Check]
 ) -> list[Trial]:
-    """A demand for each label of the model's classifier. check: gives a label's check; options: of the guidance."""
-    return [
-        Trial([ClassifierGuidance(label, classifier, strength=strength, **options)], check(label), each)
-        for label in labels
-    ]
+    """A demand for each label of the model's classifier. check: gives a label's check."""
+    return [Trial([ClassifierGuidance(label, classifier, strength=strength)], check(label), each) for label in labels]
 
 
 def mentioned(label: str) -> Check:
     """Whether a text has a label's value word by word, as Diffusion-LM's protocol: `Italian` of `food : Italian`."""
-    return having([label.rpartition(" : ")[2]])
+    return by_text(having([label.rpartition(" : ")[2]]))
 
 
 def scored(scorer: Scorer, label: str) -> Check:
-    """Whether the scorer finds the label likelier than not."""
-    return lambda text: bool(scorer([text], label)[0] > 0.5)
+    """Whether the scorer finds the label likelier than not. Raises UserError for a label that it doesn't know."""
+    scorer.number(label)
+    return by_text(cache(lambda text: bool(scorer([text], label)[0] > 0.5)))
+
+
+def weakest(successes: Mapping[float, float], enough: float) -> float:
+    """The smallest strength with enough success; where none has, the one with most, and of equals the smallest."""
+    strengths = sorted(successes)
+    most = max(strengths, key=successes.__getitem__)
+    return next((strength for strength in strengths if successes[strength] >= enough), most)
 
 
 # ------------------------------------------------------------------------------------------------------ cost
 
 
-def cost(pipe: TextDiffusionPipeline, trial: Trial, sampling: Sampling, rounds: int = 5) -> float:
-    """Time of a guided run over that of an unguided one: the median of ratios of neighbours, after one to warm up."""
+class Cost(NamedTuple):
+    """Time of guided sampling over that of unguided: the median of several rounds, and their quartiles."""
+
+    ratio: float
+    low: float
+    high: float
+
+
+def cost(pipe: TextDiffusionPipeline, trials: Sequence[Trial], sampling: Sampling, rounds: int = 5) -> Cost:
+    """What the middle one of the trials costs. Guided and unguided runs take turns, after a round to warm up.
+
+    Both sides compute all positions: where padding is skipped, shorter texts would be cheaper, guided or not.
+    """
+    trial = trials[len(trials) // 2]
+    whole = replace(sampling, options=sampling.options | {"skip_padding": False})
 
     def seconds(modules: Sequence[Guidance]) -> float:
         start = time.perf_counter()
-        sampling.draw(pipe, [trial.prompt] * sampling.batch_size, 0, *modules)
+        whole.draw(pipe, [trial.prompt] * whole.batch_size, 0, *modules)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    ratios = [seconds(trial.guidance) / seconds(()) for _ in range(rounds + 1)]
-    return statistics.median(ratios[1:])
+    with settled(pipe):
+        ratios = [seconds(trial.guidance) / seconds(()) for _ in range(rounds + 1)]
+    low, ratio, high = np.quantile(ratios[1:], (0.25, 0.5, 0.75)).tolist()
+    return Cost(ratio, low, high)
+
+
+@contextmanager
+def settled(pipe: TextDiffusionPipeline) -> Iterator[None]:
+    """Here the denoiser is compiled if that was asked for, and doesn't come to be midway."""
+    wanted, pipe.compile = pipe.compile, bool(pipe.compile)
+    try:
+        yield
+    finally:
+        pipe.compile = wanted
+
+
+def outside(trial: Trial) -> Trial:
+    """The trial with modules that act in no step: their interval lies beyond all noise levels."""
+    return replace(trial, guidance=[replace(module, min_gamma=1e9) for module in trial.guidance])
+
+
+# ------------------------------------------------------------------------------------------- meanings of E2E
 
 
 def slots(source: str) -> dict[str, str]:

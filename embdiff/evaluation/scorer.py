@@ -23,7 +23,7 @@ EPOCHS, BATCH, RATE = 3, 64, 0.3
 
 
 class Scorer:
-    """p(label) of texts.
+    """p(label) of texts, as if all labels were equally frequent: the data's own shares say nothing of what is scored.
 
     Args:
         texts, labels: what it learns from, at least two labels.
@@ -34,8 +34,8 @@ class Scorer:
         self.labels = sorted(set(labels))
         if len(texts) != len(labels) or len(self.labels) < 2:
             raise UserError(f"{len(texts)} texts with {len(self.labels)} different labels: a scorer needs two or more")
-        number = {label: i for i, label in enumerate(self.labels)}
-        targets = torch.tensor([number[label] for label in labels])
+        targets = torch.tensor([self.number(label) for label in labels])
+        balance = len(texts) / (len(self.labels) * targets.bincount())
         features = [grams(text) for text in texts]
         self.weight = torch.nn.EmbeddingBag(BUCKETS, len(self.labels), mode="sum")
         torch.nn.init.zeros_(self.weight.weight)
@@ -44,18 +44,24 @@ class Scorer:
             order = np.random.default_rng((seed, epoch)).permutation(len(texts))
             for start in range(0, len(order), BATCH):
                 rows = order[start : start + BATCH]
-                loss = F.cross_entropy(self._logits([features[i] for i in rows]), targets[rows])
+                logits = self._logits([features[i] for i in rows])
+                loss = F.cross_entropy(logits, targets[rows], weight=balance, reduction="none").mean()
                 optimizer.zero_grad()
                 torch.autograd.backward(loss)
                 optimizer.step()
 
     def __call__(self, texts: Sequence[str], label: str) -> NDArray[np.float64]:
         """p(label) of each text, [N]."""
-        if label not in self.labels:
-            raise UserError(f"the scorer has no label {label!r}: choose one of {', '.join(self.labels)}")
+        number = self.number(label)
         with torch.no_grad():
             p = self._logits([grams(text) for text in texts]).softmax(-1)
-        return p[:, self.labels.index(label)].double().numpy()
+        return p[:, number].double().numpy()
+
+    def number(self, label: str) -> int:
+        """Where the label stands among all. Raises UserError for an unknown one."""
+        if label not in self.labels:
+            raise UserError(f"the scorer has no label {label!r}: choose one of {', '.join(self.labels)}")
+        return self.labels.index(label)
 
     def _logits(self, features: Sequence[list[int]]) -> Tensor:
         sizes = [0, *(len(f) for f in features[:-1])]

@@ -28,3 +28,9 @@ def test_labels_to_tell_apart_are_needed():
         Scorer(["a", "b"], ["x", "x"])
     with pytest.raises(UserError, match="no label 'z'"):
         Scorer(["a", "b"], ["x", "y"])(["a"], "z")
+
+
+def test_rare_labels_count_like_frequent_ones():
+    """Texts that say nothing of their label are neither: the data's shares are not those of what is scored."""
+    texts, labels = ["the same"] * 500, ["often"] * 450 + ["rare"] * 50
+    assert abs(Scorer(texts, labels)(["the same"], "rare")[0] - 0.5) < 0.2
