@@ -63,6 +63,7 @@ def training_facts(output: Path, model: torch.nn.Module) -> dict[str, Any]:
     state = read_state(checkpoints(output)[-1])
     options = read_config(output / "run.yaml")
     return {"steps": state["step"], "seconds": round(state["seconds"]), "tokens": state["tokens"],
+            "tokens_per_second": round(state["tokens"] / max(1.0, state["seconds"])),
             "texts": len(read_examples(options["data"])),
             "parameters": sum(p.numel() for p in model.parameters()), "dtype": state["dtype"],
             **{name: options[name] for name in ("size", "batch_size", "draws")}}  # fmt: skip
@@ -76,9 +77,13 @@ def machine() -> str:
 
 def write(path: Path, figures: dict[str, Any]) -> None:
     """Prints the figures and keeps them, with the machine."""
-    text = json.dumps(figures | {"machine": machine()}, indent=1)
-    print(text)
-    path.write_text(text + "\n")
+    keep(path, figures)
+    print(path.read_text())
+
+
+def keep(path: Path, figures: dict[str, Any]) -> None:
+    """Keeps the figures, with the machine."""
+    path.write_text(json.dumps(figures | {"machine": machine()}, indent=1) + "\n")
 
 
 def judged(judge: Judge, texts: list[str]) -> dict[str, float]:

@@ -6,12 +6,15 @@
 
 TRAIN and VALID are text files, one text a line.
 
-Protocol. The three have the same blocks, tokenizer, data, batches, optimiser and learning rates, and the same training
-time (or steps; an autoregressive step costs less, since it trims its batches to their longest text). Each is judged on
-VALID by nats per word and end: exact for the autoregressive one, bounds for the others. Samples are drawn over
-temperatures, from the same number of seeds; a sampler's cross-entropy under the 5-gram of TRAIN is read off, between
-temperatures, at the entropy of as many real texts. Ours is drawn by the solvers named, as `embdiff frontier` draws
-them.
+Protocol. The three have the same blocks, tokenizer, data, batches, optimiser and learning rates (chosen for ours), and
+the same training time (or steps; an autoregressive step costs less, since it trims its batches to their longest text).
+Ours has more parameters, for its blocks are told the noise level. Each is judged on VALID by nats per word and end:
+exact for the autoregressive one, bounds for the others. Texts too long for the models are left out everywhere. Samples
+are drawn over temperatures, from the same number of seeds; a sampler's cross-entropy under the 5-gram of TRAIN is read
+off, between temperatures, at the entropy of as many real texts, with the length and the share of different 4-grams
+there. Ours is drawn by the solvers named, as `embdiff frontier` draws them; the temperature of masked diffusion leaves
+the end of text and padding alone, as that of ours does. MFU counts 6 operations for each parameter and text token, and
+so neither padding nor the second pass of self-conditioning.
 """
 
 from __future__ import annotations
@@ -22,15 +25,19 @@ from typing import Any
 
 import torch
 import typer
-from common import finish, generators, training_facts, write
+from common import finish, generators, keep, training_facts
+from peers import matrix_rate
+from rich.console import Console
+from rich.table import Table
 
-from embdiff import baselines
+from embdiff import baselines, ops
 from embdiff.batches import Encoded, encode
+from embdiff.cli.common import device as device_of
 from embdiff.cli.common import load_pipeline, seconds
 from embdiff.config import TrainConfig
-from embdiff.data import read_examples
+from embdiff.data import Example, read_examples
 from embdiff.errors import UserError
-from embdiff.evaluation.frontier import Point, cross_entropy_at, frontier, picture, point
+from embdiff.evaluation.frontier import Point, at_entropy, frontier, picture, point
 from embdiff.evaluation.judges import Judge, NGramJudge
 from embdiff.evaluation.likelihood import bound
 from embdiff.evaluation.samples import as_written, some
@@ -50,17 +57,18 @@ def main(
     tokenizer: str = typer.Option("word", help="word or bpe."),
     min_count: int = typer.Option(11, help="Rarer words become <unk>."),
     max_length: int = typer.Option(64, help="Tokens of a text."),
-    ours: Path | None = typer.Option(None, help="Our model, where it is trained already."),
+    ours: Path | None = typer.Option(None, help="Our model, where it is trained already, in the same budget."),
     steps: list[int] = typer.Option([8, 16, 32], help="Sampling steps."),
     solver: list[str] = typer.Option(["unipc"], help="Of ours."),
     temperature: list[float] = typer.Option([0.5, 0.65, 0.8, 0.9, 1.0, 1.2], help="Temperatures."),
     samples: int = typer.Option(400, help="Texts for each point."),
+    device: str = typer.Option("auto", help="cpu, cuda or auto."),
     results: Path = typer.Option(Path("benchmarks/results/quality.json"), help="Where the figures go."),
 ) -> None:
     """Trains what is not trained yet, measures, prints and writes one table."""
     config = TrainConfig(
         data=str(train), validation=str(valid), tokenizer=tokenizer, min_count=min_count, size=size,
-        batch_size=batch_size, max_length=max_length, infill=0.0, save_every=200, max_steps=max_steps,
+        batch_size=batch_size, max_length=max_length, on_long="drop", infill=0.0, save_every=200, max_steps=max_steps,
         max_time=None if max_steps else seconds(max_time),
     )  # fmt: skip
     folders = {name: output / name for name in ("ce", "masked", "autoregressive")}
@@ -68,39 +76,84 @@ def main(
         folders["ce"] = ours
     for name, folder in folders.items():
         finish(folder, replace(config, objective=name))
-    pipe = load_pipeline(str(folders["ce"]))
+    place = device_of(device)
+    pipe = load_pipeline(str(folders["ce"]), device)
     known, others = (
         as_written(pipe.tokenizer, [e.text for e in read_examples(str(path))], max_length) for path in (valid, train)
     )
     judge, real = NGramJudge(others), some(known, samples)
-    figures: dict[str, Any] = {"samples": samples, "real": point(judge, real)._asdict(), "models": {}}
-    texts = encode(read_examples(str(valid)), pipe.tokenizer, max_length, on_long="drop")
+    texts = encode([Example(text) for text in known], pipe.tokenizer, max_length)
+    words = sum(len(text.split()) + 1 for text in known)
+    rate = matrix_rate(ops.fast_dtype(place.type), place)
+    figures: dict[str, Any] = {
+        "samples": samples, "real": point(judge, real)._asdict(), "matrix_rate": rate, "models": {},
+    }  # fmt: skip
     points = list[Point]()
     for name, folder in folders.items():
         if name == "ce":
             model: torch.nn.Module = pipe.denoiser
-            nats = bound(pipe.denoiser, texts, pipe.scheduler.noise_schedule).nats_per_token
-            found = frontier(
+            found = bound(pipe.denoiser, texts, pipe.scheduler.noise_schedule)
+            nats = found.nats_per_token * found.tokens
+            facts = training_facts(folder, model)
+            check_budget(facts, config)
+            drawn = frontier(
                 pipe, judge, [None] * samples, solvers=solver, steps=steps, temperatures=temperature, report=told
             )
         else:
-            model, words = baselines.load(folder)
-            if fingerprint(words) != fingerprint(pipe.tokenizer):
+            model, its_tokenizer = baselines.load(folder)
+            if fingerprint(its_tokenizer) != fingerprint(pipe.tokenizer):
                 raise UserError(f"{folder} has another vocabulary than {folders['ce']}: train both on the same texts")
-            nats = baseline_nats(model.eval(), texts)
+            nats = baseline_nats(model.to(place).eval(), texts)
+            facts = training_facts(folder, model)
             counts = steps if name == "masked" else [max_length]
-            found = [baseline_point(model, words, judge, name, n, t, samples) for n in counts for t in temperature]
-        points += found
-        figures["models"][name] = {"nats_per_token": round(nats, 4), "training": training_facts(folder, model)}
-        write(results, figures | {"points": [p._asdict() for p in points]})
-    real_entropy = figures["real"]["entropy"]
-    curves = dict.fromkeys((p.solver, p.steps) for p in points)
+            drawn = [
+                baseline_point(model, its_tokenizer, judge, name, n, t, samples) for n in counts for t in temperature
+            ]
+        points += drawn
+        mfu = 6 * facts["parameters"] * facts["tokens_per_second"] / rate
+        figures["models"][name] = {"nats_per_word": round(nats / words, 4), "mfu": round(mfu, 4), "training": facts}
+        figures["points"] = [p._asdict() for p in points]
+        keep(results, figures)
+    entropy = figures["real"]["entropy"]
+    curves = {key: [p for p in points if p[:2] == key] for key in dict.fromkeys(p[:2] for p in points)}
+    read = {key: at_entropy(curve, entropy) for key, curve in curves.items()}
     figures["at_real_entropy"] = {
-        f"{name}, {n} steps": cross_entropy_at([p for p in points if p[:2] == (name, n)], real_entropy)
-        for name, n in curves
+        f"{name}, {n} steps": None if found is None else found._asdict() for (name, n), found in read.items()
     }
-    write(results, figures | {"points": [p._asdict() for p in points]})
+    keep(results, figures)
     picture(points, point(judge, real), judge.name, results.with_suffix(".svg"))
+    Console().print(table(figures))
+
+
+def check_budget(facts: dict[str, Any], config: TrainConfig) -> None:
+    """Refuses a model that was trained for longer, or for less, than the others are."""
+    budget = facts["steps"] / config.max_steps if config.max_steps else facts["seconds"] / (config.max_time or 1.0)
+    if not 0.9 < budget < 1.1:
+        raise UserError(
+            f"our model had {facts['steps']} steps in {facts['seconds']} s, which is {budget:.2f} times the budget of "
+            "the others: give --max-time or --max-steps accordingly"
+        )
+
+
+def table(figures: dict[str, Any]) -> Table:
+    """Models, and what their samplers write at the entropy of real texts."""
+    real = figures["real"]
+    shown = Table(
+        "", "nats a word", "cross-entropy", "words", "distinct-4", "training",
+        title=f"at the entropy of real texts, {real['entropy']:.2f}",
+    )  # fmt: skip
+    for name, model in figures["models"].items():
+        facts = model["training"]
+        trained = (
+            f"{facts['steps']:,} steps, {facts['parameters']:,} parameters, {facts['tokens_per_second']:,} tokens/s"
+        )
+        shown.add_row(name, f"{model['nats_per_word']:.3f}", "", "", "", trained)
+    for name, found in {**figures["at_real_entropy"], "real texts": real}.items():
+        places = (
+            [""] * 3 if found is None else [f"{found[k]:.3f}" for k in ("cross_entropy", "mean_words", "distinct_4")]
+        )
+        shown.add_row(name, "", *places, "")
+    return shown
 
 
 def told(found: Point) -> None:
@@ -109,21 +162,22 @@ def told(found: Point) -> None:
 
 
 def baseline_nats(model: Any, texts: Encoded) -> float:
-    """Nats per word and end of all texts."""
+    """Nats of all texts together."""
     total, generator = 0.0, torch.Generator().manual_seed(0)
     for start in range(0, len(texts), BATCH):
-        batch = texts.batch(range(start, min(start + BATCH, len(texts))))
+        batch = texts.batch(range(start, min(start + BATCH, len(texts)))).to(model.device)
         with torch.no_grad():
             nats = model.bound(batch, generator, 12) if hasattr(model, "bound") else -model.log_probs(batch).sum(1)
         total += float(nats.double().sum())
-    return total / texts.tokens
+    return total
 
 
 def baseline_point(
     model: Any, tokenizer: Any, judge: Judge, name: str, steps: int, temperature: float, samples: int
 ) -> Point:
     """Texts of a baseline at one temperature."""
-    options = {"steps": steps} if name == "masked" else {}
+    ends = (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    options = {"steps": steps, "keep": ends} if name == "masked" else {}
     drawn = list[str]()
     for start in range(0, samples, BATCH):
         ids = model.sample(generators(start, min(BATCH, samples - start)), temperature=temperature, **options)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from embdiff import ops, vocabulary
 from embdiff.batches import Batch, Prompts
 from embdiff.denoiser import Block, Condition, Context, attention_mask, rms_norm, through_blocks
-from embdiff.errors import UserError
+from embdiff.errors import UserError, reason
 from embdiff.losses import Network, prompt_context
 from embdiff.space import EmbeddingSpace
 
@@ -286,6 +286,7 @@ class MaskedModel(Baseline):
         *,
         temperature: float = 1.0,
         steps: int = 32,
+        keep: Sequence[int] = (),
     ) -> Tensor:
         """Token ids [B, L] of one text for each generator, unmasked over N steps from t = 1 to t = 0.
 
@@ -298,6 +299,8 @@ class MaskedModel(Baseline):
             prompts: one for each sample; None = no prompt.
             temperature: at least 0.001; 1 samples the model as it is.
             steps: N >= 1; there are at most min(N, L) evaluations.
+            keep: tokens that the temperature leaves as probable as they are. A pipeline keeps the end of text and
+                padding; tempered like words they make texts too short.
 
         Raises:
             UserError: for arguments out of range, and prompts that the model wasn't trained for.
@@ -313,7 +316,7 @@ class MaskedModel(Baseline):
         for k in range(int(turn.max()) + 1):
             now = turn == k
             h = self(ids, turn >= k, context)
-            ids[now] = draw(self.logits(h[now]), quantiles[now], temperature)
+            ids[now] = draw(self.logits(h[now]), quantiles[now], temperature, keep=keep)
         return ids
 
 
@@ -347,9 +350,9 @@ def uniform(generators: Sequence[torch.Generator], count: int) -> Tensor:
 
 def dense_rank(numbers: Tensor) -> Tensor:
     """How many different numbers of its row are below each of numbers [B, L]."""
-    ordered, place = numbers.sort(1)
-    rank = F.pad((ordered.diff(dim=1) > 0).long().cumsum(1), (1, 0))
-    return torch.zeros_like(numbers).scatter(1, place, rank)
+    from scipy.stats import rankdata
+
+    return torch.from_numpy(rankdata(numbers.numpy(), "dense", axis=1)).long() - 1
 
 
 def precision(device: torch.device) -> torch.dtype:
@@ -358,9 +361,21 @@ def precision(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def draw(logits: Tensor, quantiles: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
-    """Tokens [n]: the `quantiles` [n] in [0, 1) of the distributions softmax(logits [n, V] / temperature)."""
-    p = (logits.to(precision(logits.device)) / temperature).softmax(-1)
+def draw(
+    logits: Tensor, quantiles: Tensor, temperature: float = 1.0, top_p: float = 1.0, keep: Sequence[int] = ()
+) -> Tensor:
+    """Tokens [n]: the `quantiles` [n] in [0, 1) of the distributions softmax(logits [n, V] / temperature).
+
+    The tokens in `keep` stay as probable as softmax(logits) says, the others share the rest.
+    """
+    logits, ids = logits.to(precision(logits.device)), sorted(set(keep))
+    words = logits / temperature
+    words[:, ids] = -torch.inf
+    p = words.softmax(-1)
+    if ids:
+        kept = logits.softmax(-1)[:, ids]
+        p *= (1 - kept.sum(-1, keepdim=True)).clamp(min=0)
+        p[:, ids] = kept
     if top_p < 1:
         ranked, order = p.sort(-1, descending=True)
         outside = ranked.cumsum(-1) - ranked >= top_p
@@ -405,8 +420,7 @@ def load(folder: str | Path) -> tuple[Any, PreTrainedTokenizerBase]:
     try:
         model = BASELINES[name].from_pretrained(folder / FOLDER, use_safetensors=True)
     except Exception as error:  # missing or broken files: the library has many errors
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"cannot load the model in {folder}: {reason}; the folder is damaged") from error
+        raise UserError(f"cannot load the model in {folder}: {reason(error)}; the folder is damaged") from error
     tokenizer = vocabulary.load(str(folder / "tokenizer"))
     if len(tokenizer) != model.config.vocab_size:
         raise UserError(

@@ -162,6 +162,28 @@ def test_quantiles_of_a_nucleus_share_out_its_probability(seed, top_p):
     assert torch.allclose(shares[kept], (p[kept] / p[kept].sum()).float(), atol=2e-3)
 
 
+def test_masked_samples_end_as_often_at_any_temperature_that_spares_the_ends(masked):
+    """In one step each position is drawn by itself, from the same distribution of ends."""
+    drawn = masked.sample(seeds(3000), steps=1, temperature=0.3, keep=(PAD, END))
+    with torch.no_grad():
+        p = masked.logits(masked(texts()[:1], torch.ones(1, L, dtype=torch.bool))).softmax(-1)[0]
+    for token in (PAD, END):
+        assert torch.allclose((drawn == token).double().mean(0), p[:, token], atol=0.04)
+
+
+@given(st.integers(0, 50), st.floats(0.3, 2.0), st.sets(st.integers(0, 6), max_size=3))
+def test_a_temperature_leaves_the_tokens_that_are_kept_alone(seed, temperature, keep):
+    logits = torch.randn(7, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    n = 4000
+    drawn = baselines.draw(logits.expand(n, -1), (torch.arange(n) + 0.5) / n, temperature, keep=sorted(keep))
+    shares = torch.bincount(drawn, minlength=7) / n
+    kept = torch.tensor([i in keep for i in range(7)])
+    p = logits.softmax(-1).float()
+    words = (p ** (1 / temperature)).masked_fill(kept, 0.0)
+    expected = torch.where(kept, p, words / words.sum() * p[~kept].sum())
+    assert torch.allclose(shares, expected, atol=1e-3)
+
+
 # --------------------------------------------------------------------------------------------------- masked
 
 
