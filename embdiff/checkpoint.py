@@ -29,7 +29,7 @@ def classifier_folder(model: Path, name: str) -> Path:
 
 
 def save_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a new folder, then puts it at `target` in one rename; raises UserError if it can't."""
+    """Lets `write` fill a new folder, then puts it in place of `target`; raises UserError if it can't."""
     fresh = target.with_name(f".{target.name}.tmp")
     try:
         shutil.rmtree(fresh, ignore_errors=True)

@@ -68,7 +68,7 @@ def train_classifier(
     targets = {name: targets_of(part, labels, config).to(device) for name, part in (("train", train), ("valid", valid))}
     torch.manual_seed(mixed_seed(config.seed, 0x636C73))
     classifier = NoisyClassifier(
-        pipe.denoiser.dim, labels, config.several, config.width, config.depth, max(1, config.width // 64)
+        pipe.denoiser.dim, labels, config.several, config.width, config.depth, heads(config.width)
     ).to(device)
     classifier.remember(pipe.denoiser.space)
     schedule = noise_schedule(dict(pipe.config.fitted_schedule))
@@ -89,6 +89,11 @@ def train_classifier(
         advance(step + 1, float(loss.detach()))
     classifier.eval()
     return classifier, accuracies(pipe, classifier, texts["valid"], targets["valid"], schedule, config)
+
+
+def heads(width: int) -> int:
+    """Attention heads of about 64 dimensions, an even number each, that share out an even width."""
+    return next(n for n in range(max(1, width // 64), 0, -1) if width % (2 * n) == 0)
 
 
 def divided(examples: Sequence[Example], seed: int) -> tuple[list[Example], list[Example]]:

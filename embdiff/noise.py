@@ -51,28 +51,6 @@ def corrupt(x: Tensor, gamma: Tensor, noise: Tensor) -> Tensor:
     return alpha * x + sigma * noise
 
 
-def corrupt_further(z: Tensor, gamma: Tensor, to: Tensor, noise: Tensor) -> Tensor:
-    """z at the higher level `to` from z at `gamma`: corrupting in two jumps is one jump in distribution.
-
-    z' = (alpha' / alpha) z + sqrt(sigma'^2 - (alpha' / alpha)^2 sigma^2) noise. gamma, to: [B] or [B, L], gamma <= to.
-    """
-    (alpha, sigma), (alpha_to, sigma_to) = (alpha_sigma(expand_gamma(level, z)) for level in (gamma, to))
-    keep = alpha_to / alpha
-    return keep * z + (sigma_to**2 - (keep * sigma) ** 2).clamp(min=0).sqrt() * noise
-
-
-def noise_from_x0(z: Tensor, x0: Tensor, gamma: Tensor) -> Tensor:
-    """The eps that (2) needs to lead from x0 to z."""
-    alpha, sigma = alpha_sigma(expand_gamma(gamma, z))
-    return (z - alpha * x0) / sigma
-
-
-def x0_from_noise(z: Tensor, noise: Tensor, gamma: Tensor) -> Tensor:
-    """The x0 that (2) needs to lead to z with this noise; the inverse of `noise_from_x0`."""
-    alpha, sigma = alpha_sigma(expand_gamma(gamma, z))
-    return (z - sigma * noise) / alpha
-
-
 def velocity(x: Tensor, noise: Tensor, gamma: Tensor) -> Tensor:
     """v = alpha noise - sigma x (Salimans & Ho 2022, arXiv:2202.00512, appendix D)."""
     alpha, sigma = alpha_sigma(expand_gamma(gamma, x))

@@ -48,7 +48,8 @@ TRACKER = "embdiff"  # the name that trackers know a run by, and the folder of t
 # What a run writes into its folder, and so what a new one deletes; run.yaml last, for it tells that the rest is a run.
 WRITTEN = (
     "log.jsonl", ".log.jsonl.tmp", "tokenizer", ".tokenizer.tmp", "checkpoints", "model_index.json", "denoiser",
-    "scheduler", "pipeline.new", ".pipeline.new.tmp", "model", ".model.tmp", TRACKER, ".run.yaml.tmp", "run.yaml",
+    "scheduler", checkpoint.CLASSIFIERS, "pipeline.new", ".pipeline.new.tmp", "model", ".model.tmp", TRACKER,
+    ".run.yaml.tmp", "run.yaml",
 )  # fmt: skip
 
 Result = TypeVar("Result")
@@ -433,7 +434,7 @@ class Trainer:
         length = self.window.at(turn)
         # Where there are prompts, each can be encoded once for several noise levels of its text.
         several = self.train_set.prompt.shape[1] and not self.objective.whole
-        draws = math.gcd(config.draws, config.batch_size) if several else 1
+        draws = config.draws if several else 1
         each = self.window.count(config.batch_size // draws, turn)
         start = self.window.start(config.batch_size // draws, turn) * world
         index = batch_index(len(self.train_set), start, each * world, config.seed)

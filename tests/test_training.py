@@ -265,7 +265,10 @@ def test_an_output_folder_with_another_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="--overwrite"):
         train(SMALL, tmp_path / "run", corpus=corpus())
     assert all(torch.equal(v, before[k]) for k, v in weights(tmp_path / "run").items())
+    old = checkpoint.classifier_folder(tmp_path / "run", "toxicity")
+    old.mkdir(parents=True)  # of the old embedding space
     train(small(max_steps=2), tmp_path / "run", corpus=corpus(), overwrite=True)
+    assert not old.exists()
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match="no embdiff run"):

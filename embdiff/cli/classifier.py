@@ -36,8 +36,8 @@ def train_classifier(
     check_seed(seed)
     if not name.replace("-", "").replace("_", "").isalnum():
         raise UserError(f"--name {name!r}: use letters, digits, - and _ alone")
-    if width % 4:
-        raise UserError(f"--width {width} must be a multiple of 4")
+    if width % 2:
+        raise UserError(f"--width {width} is odd: give an even number")
     quiet()
     from embdiff.checkpoint import classifier_folder, save_folder
     from embdiff.classification import ClassifierConfig, train_classifier

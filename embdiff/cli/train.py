@@ -169,8 +169,6 @@ class Display:
     Of several processes only the first speaks.
     """
 
-    columns = ("loss", "tokens/s", "left")
-
     def __init__(self, every: float = 20.0) -> None:
         from rich.console import Console
 
