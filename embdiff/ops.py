@@ -25,6 +25,7 @@ TRITON = find_spec("triton") is not None
 CHUNK = 256  # rows of logits held at a time
 BLOCK = 1024  # rows and words of logits held at a time, where a running maximum will do; of few rows, more words
 LOG2_E = 1 / math.log(2)
+FAINT = 1e-3  # how much of its share a class keeps, for constraints alone, where tilts leave it no word
 
 
 class Posterior(NamedTuple):
@@ -34,6 +35,8 @@ class Posterior(NamedTuple):
     kept: [.., K], the probability of each token that is kept apart (K may be 0).
     share: [.., C], how probable each class of words is, among words that are in a class; None without classes.
     each: [.., C, D], the mean embedding of each class; None without classes.
+    What tilts leave no word of a class, a constraint may ask for all the same. So such a class has a faint share, which
+    mean does without, and in `each` its mean without tilts. One that bans leave no word is 0 in both.
     """
 
     mean: Tensor
@@ -50,6 +53,7 @@ class Classes(NamedTuple):
 
 
 # (logits [R, V] of words, number of the first row) -> logits: tempered and with -inf for tokens that are kept apart.
+# A ban takes words out, the same whatever the logits are; it comes before tilts, which leave a word where bans do.
 Tilting = Callable[[Tensor, int], Tensor]
 
 
@@ -66,28 +70,67 @@ def expectation_reference(
     keep: tuple[int, ...] = (),
     classes: Classes | None = None,
     tilts: Sequence[Tilting] = (),
+    bans: Sequence[Tilting] = (),
 ) -> Posterior:
     """The posterior with materialised logits, in the precision of its inputs.
 
     p = softmax(h weight^T). The tokens in `keep` stay as probable as p says; the others share the rest according to
-    p^(1/temperature), changed by the tilts. With an empty `keep`, temperature 1, `mean` is softmax(logits) E ("score
-    interpolation", CDCD, arXiv:2211.15089, equation 3).
+    p^(1/temperature), changed by the bans and the tilts. Where bans leave no word, `keep` has all. With an empty
+    `keep`, temperature 1, `mean` is softmax(logits) E ("score interpolation", CDCD, arXiv:2211.15089, equation 3).
     """
     logits = h @ weight.T
     ids = list(keep)
     kept = logits.softmax(-1)[..., ids]
     words = logits / temperature
     words[..., ids] = -torch.inf
-    for tilt in tilts:
-        words = tilt(words.reshape(-1, words.shape[-1]), 0).reshape(words.shape)
-    p = words.softmax(-1)
+    allowed, tilted_words = (x.reshape(words.shape) for x in tilted(words.flatten(0, -2), 0, bans, tilts))
+    kept = all_where_no_word(kept, allowed)
     if classes is None:
-        return Posterior(p @ table, kept)
-    groups = torch.split(classes.order, list(classes.sizes))
-    # Tilts may leave a class without a token, or a position without a class: 0, not NaN.
-    share = torch.stack([words[..., group].logsumexp(-1) for group in groups], -1).softmax(-1).nan_to_num()
-    each = torch.stack([words[..., group].softmax(-1).nan_to_num() @ table[group] for group in groups], -2)
-    return Posterior((share[..., None] * each).sum(-2), kept, share, each)
+        return Posterior(tilted_words.softmax(-1).nan_to_num() @ table, kept)
+    groups, share, asked = by_class(tilted_words, allowed, classes)
+    tables = torch.split(table[classes.order], list(classes.sizes))
+    each = torch.stack([g.softmax(-1).nan_to_num() @ t for g, t in zip(groups, tables, strict=True)], -2)
+    return Posterior((share[..., None] * each).sum(-2), kept, asked, each)
+
+
+def tilted(words: Tensor, start: int, bans: Sequence[Tilting], tilts: Sequence[Tilting]) -> tuple[Tensor, Tensor]:
+    """Logits [R, V] of words after the bans alone, and after the tilts too. Where tilts leave a row no word, the row is
+    as it was before them."""
+    for ban in bans:
+        words = ban(words, start)
+    allowed = words
+    for tilt in tilts:
+        words = tilt(words, start)
+    return allowed, torch.where(has_word(words), words, allowed) if tilts else allowed
+
+
+def has_word(words: Tensor) -> Tensor:
+    """[.., 1] bool: whether any of the logits [.., V] is above -inf, and none is NaN."""
+    return words.amax(-1, keepdim=True) > -torch.inf
+
+
+def all_where_no_word(kept: Tensor, words: Tensor) -> Tensor:
+    """Probabilities [.., K] of tokens that are kept apart; where there is no word, they share what there is."""
+    return torch.where(has_word(words), kept, kept / kept.sum(-1, keepdim=True).clamp(min=1e-30))
+
+
+def by_class(words: Tensor, allowed: Tensor, classes: Classes) -> tuple[Sequence[Tensor], Tensor, Tensor]:
+    """Logits of each class's words [.., n] and shares of the classes [.., C]: as they are, and as constraints see them.
+
+    words: logits [.., V]; allowed: without the tilts, from which a class is taken that tilts left no word.
+    """
+    groups = torch.split(words[..., classes.order], list(classes.sizes), -1)
+    size = torch.stack([group.logsumexp(-1) for group in groups], -1)
+    share = size.softmax(-1).nan_to_num()
+    if allowed is words:
+        return groups, share, share
+    before = torch.split(allowed[..., classes.order], list(classes.sizes), -1)
+    emptied = size == -torch.inf
+    faint = FAINT * torch.stack([group.logsumexp(-1) for group in before], -1).softmax(-1).nan_to_num()
+    asked = torch.where(emptied, faint, share)
+    parts = zip(emptied.unbind(-1), before, groups, strict=True)
+    groups = tuple(torch.where(none[..., None], whole, cut) for none, whole, cut in parts)
+    return groups, share, asked / asked.sum(-1, keepdim=True).clamp(min=1e-30)
 
 
 def expectation(
@@ -98,13 +141,14 @@ def expectation(
     keep: Sequence[int] | Tensor = (),
     classes: Classes | None = None,
     tilts: Sequence[Tilting] = (),
+    bans: Sequence[Tilting] = (),
 ) -> Posterior:
     """`expectation_reference` in chunks: softmax in fp32, matrix products in the precision of `h`.
 
-    keep may be a tensor on the device of `h`, so that nothing is copied there. Where there are neither classes, tilts
-    nor gradients: by a kernel on a GPU, and by blocks of words of a large vocabulary elsewhere.
+    keep may be a tensor on the device of `h`, so that nothing is copied there. Where there are neither classes, tilts,
+    bans nor gradients: by a kernel on a GPU, and by blocks of words of a large vocabulary elsewhere.
     """
-    plain = classes is None and not tilts and not torch.is_grad_enabled()
+    plain = classes is None and not tilts and not bans and not torch.is_grad_enabled()
     if plain and has_kernels(h.device.type) and len(keep) <= 2:
         from embdiff import kernels
 
@@ -126,20 +170,22 @@ def expectation(
             kept = logits.softmax(-1)[:, ids]
             logits[:, ids] = -torch.inf
         logits = logits if temperature == 1.0 else logits / temperature
-        for tilt in tilts:
-            logits = tilt(logits, start)
+        allowed, logits = tilted(logits, start, bans, tilts)
+        if bans:
+            kept = all_where_no_word(kept, allowed)
         if classes is None or sorted_table is None:
-            found.append(((logits.softmax(-1).to(h.dtype) @ table).float(), kept))
+            p = logits.softmax(-1)
+            p = p.nan_to_num() if bans else p
+            found.append(((p.to(h.dtype) @ table).float(), kept))
             continue
         # Class by class, so that the mean of an improbable one is as exact as that of a probable one.
-        groups = torch.split(logits[:, classes.order], list(classes.sizes), 1)
-        share = torch.stack([group.logsumexp(1) for group in groups], 1).softmax(1).nan_to_num()
+        groups, share, asked = by_class(logits, allowed, classes)
         means = (
             group.softmax(1).nan_to_num().to(h.dtype) @ rows_of
             for group, rows_of in zip(groups, sorted_table, strict=True)
         )
         each = torch.stack([mean.float() for mean in means], 1)
-        found.append(((share[..., None] * each).sum(1), kept, share, each))
+        found.append(((share[..., None] * each).sum(1), kept, asked, each))
     columns = [torch.cat(column) for column in zip(*found, strict=True)]
     return Posterior(*(column.reshape(*h.shape[:-1], *column.shape[1:]) for column in columns))
 

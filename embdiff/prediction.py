@@ -20,8 +20,10 @@ from embdiff import ops
 from embdiff.compilation import Forward, versions
 from embdiff.denoiser import Context, Denoiser
 from embdiff.errors import UserError
-from embdiff.guidance.automaton import Automaton, Shares
+from embdiff.guidance.automaton import Automaton, Shares, aligned
 from embdiff.guidance.base import Branch, Combine, Constraint, Gradient, Guidance, Part, Run, Tilt, Veto, Words
+
+BARRED = 1e4  # nats: no mass is left beside any other word, and a constraint may ask for it all the same
 
 
 class Output(NamedTuple):
@@ -42,9 +44,20 @@ class Plan(NamedTuple):
     context: Context | None  # of the main prediction and all branches by the same denoiser, one after the other
     tilts: list[Tilt]
     vetoes: list[Veto]
-    automaton: Automaton | None
-    strength: float  # of the automaton
+    demands: list[tuple[Automaton, float]]  # over the same classes, with their strengths, the weakest first
     gradients: list[Gradient]
+
+    @property
+    def automaton(self) -> Automaton | None:
+        """That of the strongest demands."""
+        return self.demands[-1][0] if self.demands else None
+
+
+class Changes(NamedTuple):
+    """What becomes of logits in a step, see `ops.expectation`."""
+
+    tilts: list[ops.Tilting]
+    bans: list[ops.Tilting]
 
 
 class Predictor:
@@ -95,7 +108,8 @@ class Predictor:
         self.table = self.outputs[self.denoiser].table
         self.kept_embeddings = self.table[self.kept_ids]
         self.automata: dict[tuple[int, ...], Automaton] = {}
-        self.automaton = self._automaton([part for part in self.parts if isinstance(part, Constraint)])
+        constraints = [part for part in self.parts if isinstance(part, Constraint)]
+        self.automaton = self._automaton(constraints) if constraints else None
         self.vetoes = [part for part in self.parts if isinstance(part, Veto)]
         if self.vetoes and self.automaton is not None:  # what contradicts itself is refused before the first step
             self.round(torch.zeros(run.samples, run.length, self.denoiser.dim, device=run.device))
@@ -110,16 +124,16 @@ class Predictor:
         main, others = self._features(z, gamma, self_cond, plan)
         pairs = list(zip(plan.branches, others, strict=True))
         main = combined(main, [(branch.combine, h) for branch, h in pairs if branch.space == "logits"])
-        tilts = self._tilts(plan, self_cond)
-        posterior = self._posterior(main, plan, tilts)
+        changes = self._changes(plan, self_cond)
+        posterior = self._posterior(main, plan, changes)
         means = [
-            (branch, self._posterior(h, plan, tilts, branch.denoiser)) for branch, h in pairs if branch.space == "x0"
+            (branch, self._posterior(h, plan, changes, branch.denoiser)) for branch, h in pairs if branch.space == "x0"
         ]
         posterior = guided(posterior, means) if means else posterior
         if self.rows is not None:
             posterior = spread(posterior, self.rows, z.shape[:2])
-        if plan.automaton is not None:
-            posterior = constrained(posterior, plan.automaton, plan.strength)
+        for automaton, strength in plan.demands:
+            posterior = constrained(posterior, automaton, strength)
         if self.skip_padding and gamma <= self.draw_above:
             # What constraints ask for is seen in the posterior only while they are active.
             seen = self.automaton is None or plan.automaton is not None
@@ -136,20 +150,32 @@ class Predictor:
         """The nearest tokens [B, L] to clean latents z [B, L, D] that fulfil all constraints, and that no veto marks.
 
         All embeddings are equally long, so the nearest text has the largest sum of products. A token that a veto marks
-        is barred from its position, and the nearest text is looked for again.
+        costs more than all products from then on, and the nearest text is looked for again. Where constraints want it
+        all the same, the match's other tokens cost as much, one after the other.
         """
         ids = self._nearest(z.float())
         rows = torch.arange(len(ids), device=ids.device)
-        products = None
-        while len(rows) and self.vetoes:
+        turns = torch.zeros_like(rows)
+        products = price = z.new_zeros(0)
+        while self.vetoes:
             marked = found(self.vetoes, ids[rows])
-            rows, bad = rows[marked.any(1)], marked.any(1)
-            if products is None:
-                products = z[rows].float() @ self.table.T
+            bad = marked.any(1)
+            if not bool(bad.any()):
+                break
+            if len(products):
+                products, price = products[bad], price[bad]
             else:
-                products = products[bad]
-            barred = torch.zeros_like(products, dtype=torch.bool).scatter_(-1, ids[rows, :, None], marked[bad, :, None])
-            products = products.masked_fill(barred, -torch.inf)
+                products = z[rows[bad]].float() @ self.table.T
+                price = 1 + 2 * self.run.length * products.abs().amax((1, 2), keepdim=True)
+            rows, marked, tokens = rows[bad], marked[bad], ids[rows[bad], :, None]
+            free = products.gather(-1, tokens)[..., 0] > -price[..., 0] / 2
+            stuck = ~(marked & free).any(1, keepdim=True)
+            if bool(stuck.any()):
+                turns[rows] += stuck[:, 0]
+                marked = torch.where(stuck, last(members(self.vetoes, tokens[..., 0]) & free), marked)
+                if bool((turns > 2 * self.run.length).any() | ~(marked & free).any(1).all()):
+                    raise UserError(self._impossible())
+            products.scatter_add_(-1, tokens, -price * (marked & free)[..., None])
             ids[rows] = self._nearest_by(products, rows)
         return ids
 
@@ -163,10 +189,7 @@ class Predictor:
     def _nearest_by(self, products: Tensor, rows: Tensor) -> Tensor:
         """The same for some samples, by the products [R, L, V] of latents and embeddings."""
         if self.automaton is None:
-            best = products.max(-1)
-            if not bool(best.values.isfinite().all()):
-                raise UserError(self._impossible())
-            return best.indices
+            return products.argmax(-1)
         highest = ops.highest(products, self.automaton.classes)
         return self._best(self.automaton.rows(rows), *highest, products[..., self.kept_ids])
 
@@ -200,15 +223,19 @@ class Predictor:
             stacked(contexts),
             [part for part in parts if isinstance(part, Tilt)],
             [part for part in parts if isinstance(part, Veto)],
-            self._automaton(constraints),
-            min((constraint.strength for constraint in constraints), default=1.0),
+            self._demands(constraints),
             [part for part in parts if isinstance(part, Gradient) and part.strength],
         )
 
-    def _automaton(self, constraints: list[Constraint]) -> Automaton | None:
+    def _demands(self, constraints: list[Constraint]) -> list[tuple[Automaton, float]]:
+        """What is asked for with each strength. The strongest comes last: what is certain is not mixed with what was
+        before it."""
+        strengths = sorted({constraint.strength for constraint in constraints})
+        automata = [self._automaton([c for c in constraints if c.strength == strength]) for strength in strengths]
+        return list(zip(aligned(automata), strengths, strict=True))
+
+    def _automaton(self, constraints: list[Constraint]) -> Automaton:
         """What the constraints ask together; built once, since most often all are active at the same time."""
-        if not constraints:
-            return None
         key, run = tuple(map(id, constraints)), self.run
         if key not in self.automata:
             cause = ", ".join(constraint.cause for constraint in constraints)
@@ -236,7 +263,7 @@ class Predictor:
             for b in plan.branches
         ]
 
-    def _tilts(self, plan: Plan, self_cond: Tensor | None) -> list[ops.Tilting]:
+    def _changes(self, plan: Plan, self_cond: Tensor | None) -> Changes:
         """The changes of logits in this step."""
         draft = None
         if self_cond is not None and (plan.vetoes or any(tilt.looks_around for tilt in plan.tilts)):
@@ -249,26 +276,24 @@ class Predictor:
         def tilting(tilt: Tilt) -> ops.Tilting:
             return lambda logits, start: tilt.apply(Words(logits, rows[start : start + len(logits)], draft))
 
-        tilts = [tilting(tilt) for tilt in plan.tilts]
+        bans = [tilting(tilt) for tilt in plan.tilts if tilt.bans]
+        tilts = [tilting(tilt) for tilt in plan.tilts if not tilt.bans]
         if draft is None or not plan.vetoes:
-            return tilts
+            return Changes(tilts, bans)
         marked, tokens = found(plan.vetoes, draft).flatten(), draft.flatten()
 
         def bar(logits: Tensor, start: int) -> Tensor:
             here = rows[start : start + len(logits)]
-            barred = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, tokens[here, None], marked[here, None])
-            return logits.masked_fill(barred, -torch.inf)
+            return logits.scatter_add(-1, tokens[here, None], -BARRED * marked[here, None].to(logits))
 
-        return [*tilts, bar]
+        return Changes(tilts, [*bans, bar])
 
-    def _posterior(
-        self, h: Tensor, plan: Plan, tilts: Sequence[ops.Tilting], denoiser: Denoiser | None = None
-    ) -> ops.Posterior:
+    def _posterior(self, h: Tensor, plan: Plan, changes: Changes, denoiser: Denoiser | None = None) -> ops.Posterior:
         """By the head of the denoiser that made the features, in the embeddings of the run's."""
         automaton = plan.automaton
         classes = None if automaton is None else automaton.classes
         weight, table = self.outputs[denoiser or self.denoiser].weight, self.outputs[self.denoiser].rounded
-        return ops.expectation(h, weight, table, self.temperature, self.kept_ids, classes, tilts)
+        return ops.expectation(h, weight, table, self.temperature, self.kept_ids, classes, *changes)
 
     def _x0(self, posterior: ops.Posterior, gamma: float) -> Tensor:
         """The mean embedding, with the length tokens drawn at high noise and held back below."""
@@ -353,6 +378,16 @@ def stacked(contexts: Sequence[Context | None]) -> Context | None:
 def found(vetoes: Sequence[Veto], tokens: Tensor) -> Tensor:
     """[B, L] bool: which of the tokens [B, L] any veto marks."""
     return torch.stack([veto.find(tokens) for veto in vetoes]).any(0)
+
+
+def members(vetoes: Sequence[Veto], tokens: Tensor) -> Tensor:
+    """[B, L] bool: all tokens of what any veto marks in the tokens [B, L]."""
+    return torch.stack([(veto.members or veto.find)(tokens) for veto in vetoes]).any(0)
+
+
+def last(marked: Tensor) -> Tensor:
+    """[B, L] bool: the last one of each row."""
+    return marked & (marked.flip(1).cumsum(1).flip(1) == 1)
 
 
 def combined(main: Tensor, others: Sequence[tuple[Combine, Tensor]]) -> Tensor:

@@ -6,6 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embdiff import ops
+from embdiff.guidance.base import Words
+from embdiff.guidance.sampling import TopP, cut
 from embdiff.optim import orthogonalise
 from embdiff.space import EmbeddingSpace
 
@@ -77,6 +79,51 @@ def test_classes_and_tilts_equal_their_reference_and_classes_add_up(rows, vocab,
     logits = h @ weight.T
     assert torch.allclose(logits.gather(-1, tokens), highest, atol=1e-4)
     assert torch.allclose(highest.max(-1).values, logits[:, 2:].max(-1).values, atol=1e-4)
+
+
+TILTS = {
+    "top-k": lambda words, start: cut(words, words.topk(1).values),
+    "top-p": lambda words, start: TopP(0.6)._cut(Words(words, torch.arange(len(words)), None)),
+    "min-p": lambda words, start: cut(words, words.amax(-1, keepdim=True) + torch.tensor(0.5).log()),
+    "all": lambda words, start: torch.full_like(words, -torch.inf),  # what is no ban may not take all words
+}
+
+
+@given(
+    vocab=st.sampled_from([5, 64]), seed=st.integers(0, 99), banned=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+    names=st.lists(st.sampled_from(sorted(TILTS)), max_size=2),
+)  # fmt: skip
+def test_bans_hold_whatever_is_cut_and_what_is_cut_may_be_asked_for(vocab, seed, banned, names):
+    rows = 3
+    h, weight, _ = problem(rows, vocab, seed)
+    table = torch.eye(vocab)  # means are probabilities
+    out = torch.rand(rows, vocab, generator=torch.Generator().manual_seed(seed)) < banned
+    bans = [lambda words, start: words.masked_fill(out[start : start + len(words)], -torch.inf)]
+    tilts = [TILTS[name] for name in names]
+    classes = ops.Classes(torch.arange(2, vocab), (1, 1, vocab - 4))
+    flat, split, uncut = (
+        ops.expectation(h, weight, table, 1.0, (0, 1), of, changes, bans)
+        for of, changes in ((None, tilts), (classes, tilts), (classes, []))
+    )
+    for of, found in ((None, flat), (classes, split)):
+        exact = ops.expectation_reference(h.double(), weight.double(), table.double(), 1.0, (0, 1), of, tilts, bans)
+        for one, other in zip(found, exact, strict=True):
+            assert (one is None) is (other is None)
+            assert one is None or torch.allclose(one.double(), other, atol=1e-4)
+    free = ~out[:, 2:].all(1)
+    assert torch.allclose(flat.mean.sum(1), free.float(), atol=1e-4)
+    assert (flat.mean[out] == 0).all()
+    assert torch.allclose(split.mean, flat.mean, atol=1e-4)
+    assert torch.allclose(flat.kept[~free].sum(1), torch.ones(len(flat.kept[~free])))
+    assert torch.equal(flat.kept[free], uncut.kept[free])
+    # A class without words of its own takes what it has without the cut; one that is banned has nothing.
+    gone = torch.stack([group.all(1) for group in out[:, 2:].split(classes.sizes, 1)], 1)
+    emptied = torch.stack([group.sum(1) == 0 for group in flat.mean[:, 2:].split(classes.sizes, 1)], 1)
+    assert (split.share[gone] == 0).all()
+    assert (split.each[gone] == 0).all()
+    assert (split.share[emptied & ~gone] > 0).all()
+    assert (split.share[emptied] <= ops.FAINT).all()
+    assert torch.allclose(split.each[emptied], uncut.each[emptied], atol=1e-5)
 
 
 @given(**sizes, dtype=st.sampled_from([torch.float32, torch.bfloat16]))

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from embdiff import ops, prediction
+from embdiff import ops, prediction, vocabulary
+from embdiff.errors import UserError
 from embdiff.guidance import ClassifierFreeGuidance, Length, Lexical, NoRepeatNgram, RepetitionPenalty, TopK
+from embdiff.guidance.base import Run
+from embdiff.guidance.sampling import repeated
 
 PROMPTS = ["a cat", "the dog sees", "tree"]
 
@@ -78,6 +81,94 @@ def test_left_out_positions_do_not_depend_on_the_batch(pipe, monkeypatch):
                     generator=[torch.Generator().manual_seed(s) for s in seeds]).sequences  # fmt: skip
 
     assert torch.equal(drawn(range(5))[3:], torch.cat([drawn([3]), drawn([4])]))
+
+
+def predictor_of(pipe, *guidance, samples=1):
+    run = Run(pipe.denoiser, pipe.tokenizer, samples, length=12)
+    return prediction.Predictor(run, guidance, kept=pipe._kept_tokens())
+
+
+def ids_of(pipe, text):
+    """[1, 12]"""
+    pad, end = pipe._kept_tokens()
+    tokens = [*vocabulary.tokens(pipe.tokenizer, text), end]
+    return torch.tensor([tokens + [pad] * (12 - len(tokens))])
+
+
+@pytest.mark.parametrize(
+    ("text", "guidance", "changed"),
+    [
+        ("a cat sees the dog", [Lexical(keep={1: "cat"}), NoRepeatNgram(1)], []),
+        ("a cat sees the cat", [NoRepeatNgram(1)], [4]),
+        ("a cat sees the cat", [Lexical(keep={4: "cat"}), NoRepeatNgram(1)], [1]),
+        ("the cat sees the cat", [Lexical(keep={3: "the", 4: "cat"}), NoRepeatNgram(2)], [1]),
+        ("the cat sees the cat", [Lexical(keep={1: "cat", 4: "cat"}), NoRepeatNgram(2)], [3]),
+        ("a dog cat dog the cat", [Lexical(keep={1: "dog", 5: "cat"}), NoRepeatNgram(1)], [2, 3]),
+        ("a cat sees the dog", [Lexical(keep={1: "cat"}), Lexical(exclude=["cat sees"])], [2]),
+        ("a cat sees the dog", [Lexical(keep={2: "sees"}), Lexical(exclude=["a cat sees"])], [0]),
+    ],
+)
+def test_of_what_may_not_be_constraints_keep_what_they_need(pipe, text, guidance, changed):
+    ids = ids_of(pipe, text)
+    rounded = predictor_of(pipe, *guidance).round(pipe.denoiser.space.embed(ids))
+    assert (rounded != ids).nonzero()[:, 1].tolist() == changed
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # it isn't changed
+@given(st.data())
+def test_rounding_finds_a_text_without_repetition_around_what_is_kept(pipe, data):
+    words = st.sampled_from(["a", "cat", "dog", "the", "sees"])
+    texts = [" ".join(data.draw(st.lists(words, min_size=3, max_size=9))) for _ in range(3)]
+    places = data.draw(st.lists(st.integers(0, 7), max_size=3, unique=True))
+    keep = dict(zip(places, data.draw(st.permutations(["cat", "dog", "the"])), strict=False))
+    n = data.draw(st.integers(1, 2))
+    guidance = [NoRepeatNgram(n), *([Lexical(keep=keep)] if keep else [])]
+    ids = torch.cat([ids_of(pipe, text) for text in texts])
+    rounded = predictor_of(pipe, *guidance, samples=3).round(pipe.denoiser.space.embed(ids))
+    assert not repeated(rounded, n, pipe.tokenizer).any()
+    for place, word in keep.items():
+        assert (rounded[:, place] == pipe.tokenizer.convert_tokens_to_ids(word)).all()
+    alone = predictor_of(pipe, *guidance).round(pipe.denoiser.space.embed(ids[2:]))
+    assert torch.equal(alone, rounded[2:])
+
+
+def test_what_is_kept_twice_may_not_be_forbidden_to_repeat(pipe):
+    with pytest.raises(UserError, match="no text of 12 tokens can have all of"):
+        predictor_of(pipe, Lexical(keep={1: "cat", 4: "cat"}), NoRepeatNgram(1))
+
+
+@pytest.mark.parametrize(
+    "others", [[], [TopK(1)], [NoRepeatNgram(1)], [NoRepeatNgram(1), TopK(1)], [TopK(1), Length(words=5)]]
+)
+def test_what_must_come_is_aimed_at_whatever_is_cut_or_barred(pipe, others):
+    predictor = predictor_of(pipe, Lexical(keep={3: "cat"}), *others, samples=4)
+    draft = pipe.denoiser.space.embed(ids_of(pipe, "a cat sees cat .")).expand(4, -1, -1)
+    z = torch.randn(4, 12, 16, generator=torch.Generator().manual_seed(0))
+    wanted = pipe.denoiser.space.table()[pipe.tokenizer.convert_tokens_to_ids("cat")]
+    with torch.no_grad():
+        x0 = predictor(z, 0.0, draft)
+    assert (torch.cosine_similarity(x0[:, 3], wanted, dim=-1) > 0.99).all()
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.01, 0.5])
+def test_each_demand_guides_with_its_own_strength(pipe, strength):
+    z = 0.3 * torch.randn(4, 12, 16, generator=torch.Generator().manual_seed(0))  # so that words are probable
+
+    def x0(*guidance):
+        with torch.no_grad():
+            return predictor_of(pipe, *guidance, samples=4)(z, 0.0, None)
+
+    pad, end = pipe.denoiser.space.table()[list(pipe._kept_tokens())]
+    length = Length(tokens=3, complete=False)
+    found = x0(length, Lexical(["cat"], strength=strength))
+    assert torch.allclose(found[:, 3], end.expand(4, -1), atol=1e-3)  # as certain as without the other
+    assert torch.allclose(found[:, 4:], pad.expand(4, 8, -1), atol=1e-3)
+    # None is one without strength, and the order doesn't matter.
+    assert torch.allclose(x0(length, Lexical(["cat"], strength=1e-7)), x0(length), atol=1e-3)
+    assert torch.allclose(x0(Lexical(["cat"], strength=strength), length), found, atol=1e-5)
+    if strength:
+        together = Length(tokens=3, complete=False, strength=strength), Lexical(["cat"], strength=strength)
+        assert len(predictor_of(pipe, *together, samples=4).plan(0.0).demands) == 1
 
 
 def test_tables_are_kept_until_a_weight_changes(denoiser):

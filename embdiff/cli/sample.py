@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -34,6 +34,7 @@ from embdiff.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from embdiff.guidance import Guidance
     from embdiff.pipeline import TextDiffusionPipeline
 
 
@@ -110,10 +111,13 @@ def sample(
         raise UserError("both --prompt and --prompts are given: choose one")
     sources: list[str | None] = [prompt] if prompts is None else list(read_prompts(prompts))
     jobs = [Job(p, negative_prompt, seed + i) for i, p in enumerate(p for p in sources for _ in range(num_samples))]
-    guided = cfg_scale != 1 and (any(sources) or bool(negative_prompt))
-    if not guided and cfg_scale != 1:
+    for module in modules:
+        module.for_samples(0, len(jobs), len(jobs))  # refuses what is not there for each sample, before all is loaded
+    prompted = any(sources) or bool(negative_prompt)
+    scale = whole_scale(cfg_scale, modules) if prompted else 1.0
+    if not prompted and cfg_scale != 1:
         print(f"--cfg-scale {cfg_scale:g} has no effect without a prompt: nothing to steer by", file=sys.stderr)
-    elif not guided and negative_prompt is not None:
+    elif scale == 1 and negative_prompt is not None:
         print("--negative-prompt has no effect at --cfg-scale 1: give a scale such as 2", file=sys.stderr)
     as_json = as_json or (output is not None and output.suffix == ".jsonl")
 
@@ -131,15 +135,16 @@ def sample(
         "noise_scale": noise_scale,
         "max_length": max_length,
         "skip_padding": skip_padding,
-        "guidance": [ClassifierFreeGuidance(cfg_scale, cfg_space), *modules],
     }
+    own = ClassifierFreeGuidance(cfg_scale, cfg_space)
     name = type(pipe.scheduler).__name__
 
     def records(first: int, last: int) -> Iterator[Record]:
         for start in range(first, last, batch_size):
-            part = jobs[start : min(start + batch_size, last)]
-            for job, text, tokens in draw(pipe, part, options):
-                yield Record(job.prompt, text, tokens, job.seed, steps, name, cfg_scale if guided else 1.0)
+            stop = min(start + batch_size, last)
+            options["guidance"] = [own, *(module.for_samples(start, stop, len(jobs)) for module in modules)]
+            for job, text, tokens in draw(pipe, jobs[start:stop], options):
+                yield Record(job.prompt, text, tokens, job.seed, steps, name, scale)
 
     def drawn(first: int, last: int) -> list[str]:
         return [line(record, as_json) for record in records(first, last)]
@@ -152,6 +157,15 @@ def sample(
             print(line(record, as_json), flush=True)
     else:
         write(records(done, len(jobs)), len(jobs), done, output, as_json)
+
+
+def whole_scale(cfg_scale: float, modules: Sequence[Guidance]) -> float:
+    """The scale of all classifier-free guidance together, whose changes add up; 1 = off."""
+    from embdiff.guidance import ClassifierFreeGuidance
+
+    scales = [cfg_scale, *(module.scale for module in modules if isinstance(module, ClassifierFreeGuidance))]
+    acting = [scale for scale in scales if scale != 1]
+    return sum(acting) - (len(acting) - 1)
 
 
 def check(

@@ -29,14 +29,17 @@ def draw(
 ) -> list[str]:
     """One text for each prompt (None = from nothing); text i comes from seed + i, whatever its batch.
 
-    seeds: of each text, in place of those. options: of the pipeline's call. advance: told how many texts were drawn.
+    seeds: of each text, in place of those. options: of the pipeline's call; guidance with options for each text has
+    them for all. advance: told how many texts were drawn.
     """
     texts: list[str] = []
+    modules = options.pop("guidance", ())
     seeds = range(seed, seed + len(prompts)) if seeds is None else seeds
     for start in range(0, len(prompts), batch_size):
         part: Any = prompts[start : start + batch_size]
         generators = [torch.Generator().manual_seed(each) for each in seeds[start : start + batch_size]]
-        out: Any = pipe(part, generator=generators, **options)
+        guidance = [module.for_samples(start, start + len(part), len(prompts)) for module in modules]
+        out: Any = pipe(part, generator=generators, guidance=guidance, **options)
         texts += out.texts
         advance(len(part))
     return texts

@@ -6,7 +6,8 @@ Tokens that no language tells apart form a class. States are what the languages 
 by token, ends in a state that all languages accept, and is padding from then on. Given independent probabilities of the
 classes at each position, the probability of each class *given that the text is in all languages* follows from one sum
 forwards and one backwards over the positions (Rabiner 1989, equations 19 to 27), and the best such text from a maximum
-backwards (Viterbi). Both are exact; their cost is L S C, without the vocabulary.
+backwards (Viterbi). Both are exact; their cost is L S C, without the vocabulary. Sums backwards are of logs: what a
+text of some hundred tokens must still become may be less probable than any number.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Automaton:
         members: dict[tuple[Any, ...], list[int]] = {}
         for token, text in enumerate(texts):
             if text is not None:
-                members.setdefault(tuple(language.symbol(text) for language in languages), []).append(token)
+                members.setdefault(tuple(language.symbol(text, token) for language in languages), []).append(token)
         symbols = list(members)
         start = tuple(language.start for language in languages)
         number, rows, waiting = {start: 0}, list[list[int]](), [start]
@@ -120,55 +121,58 @@ class Automaton:
 
     def marginals(self, shares: Shares) -> Shares:
         """The probabilities given that the text is in all languages, from those of independent positions."""
-        m = shares.classes.double().clamp(min=FLOOR)
-        end, padding = shares.end.double().clamp(min=FLOOR), shares.padding.double().clamp(min=FLOOR)
-        B, L, C = m.shape
-        S = len(self.next)
-        targets = self.next.flatten()
-        accepts = self.accepts.double().expand(B, S)
+        # Samples last and logs to the base 2, for on a CPU both are several times as fast.
+        classes, end, padding = (share.double().clamp(min=FLOOR).log2() for share in shares)
+        m = classes.permute(1, 2, 0)[:, :, None]  # [L, C, 1, B]
+        L, C, _, B = m.shape
+        S, lowest = len(self.next), torch.finfo(m.dtype).min  # -inf less it is -inf, and no NaN
+        targets = self.next.T.flatten()
+        stop, lost, tail = (ends.T for ends in self._ends(padding))
+        ending = stop + (end.T + tail[1:])[:, None]  # [L, S, B]
 
-        # How probable what follows each position is, given where it led.
-        after_state: list[Tensor] = []
-        after_end: list[Tensor] = []
-        later = torch.cat([accepts, m.new_zeros(B, 1)], 1)
-        ended = m.new_ones(B)
+        def going(i: int) -> Tensor:
+            """[C, S, B]: how probable each way on is, and is accepted in the end."""
+            return hopes[i + 1][targets].view(C, S, B) + m[i]
+
+        hopes = [torch.cat([stop, lost])] * (L + 1)  # [S + 1, B]: of being accepted from each state, at each position
         for i in reversed(range(L)):
-            after_state.append(later)
-            after_end.append(ended)
-            following = later[:, targets].view(B, S, C)
-            now = (following * m[:, i, None]).sum(-1) + accepts * (end[:, i] * ended)[:, None]
-            ended = padding[:, i] * ended
-            scale = torch.maximum(now.amax(1), ended).clamp(min=1e-300)
-            later = torch.cat([now / scale[:, None], m.new_zeros(B, 1)], 1)
-            ended = ended / scale
-        after_state.reverse()
-        after_end.reverse()
+            ways = going(i)
+            top = torch.maximum(ways.amax(0), ending[i]).clamp(min=lowest)
+            total = (ways - top).exp2_().sum(0) + (ending[i] - top).exp2_()
+            hopes[i] = torch.cat([top + total.log2_(), lost])
 
-        here, done = torch.zeros(B, S + 1, dtype=m.dtype, device=m.device), m.new_zeros(B)
-        here[:, 0] = 1.0
+        # Forwards: how probable each state is, given that the text is accepted.
+        here, done = m.new_zeros(S, B), m.new_zeros(B)
+        here[0] = 1.0
         found: list[Tensor] = []
         for i in range(L):
-            following = after_state[i][:, targets].view(B, S, C)
-            flow = here[:, :-1, None] * m[:, i, None]  # [B, S, C]
-            ends = (here[:, :-1] * accepts).sum(1) * end[:, i]
-            pads = done * padding[:, i]
-            weights = torch.cat(
-                [(flow * following).sum(1), (ends * after_end[i])[:, None], (pads * after_end[i])[:, None]], 1
-            )
-            found.append(weights / weights.sum(1, keepdim=True).clamp(min=1e-300))
-            moved = torch.zeros_like(here).index_add_(1, targets, flow.flatten(1))
-            moved[:, -1] = 0.0
-            done = ends + pads
-            # Only what can still be accepted, so that scales agree with what follows.
-            scale = (moved * after_state[i]).sum(1) + done * after_end[i]
-            here, done = moved / scale.clamp(min=1e-300)[:, None], done / scale.clamp(min=1e-300)
-        marginal = torch.stack(found, 1).to(shares.classes.dtype)
+            hope = hopes[i][:-1].clamp(min=lowest)
+            flow = (going(i) - hope).exp2_() * here
+            ends = ((ending[i] - hope).exp2_() * here).sum(0)
+            found.append(torch.cat([flow.sum(1), ends[None], done[None]]))
+            here = m.new_zeros(S + 1, B).index_add_(0, targets, flow.flatten(0, 1))[:-1]
+            done = done + ends
+        marginal = torch.stack(found, 1).permute(2, 1, 0).to(shares.classes.dtype)
         return Shares(marginal[..., :C], marginal[..., C], marginal[..., C + 1])
+
+    def _ends(self, padding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores, given those of padding [B, L]: of ending in each state [B, S], 0 or -inf; of the state of lost texts
+        [B, 1]; of nothing but padding from each position on [B, L + 1]."""
+        B = len(padding)
+        stop = torch.where(self.accepts, 0.0, -torch.inf).double().expand(B, len(self.next))
+        tail = torch.cat([padding.flip(1).cumsum(1).flip(1), padding.new_zeros(B, 1)], 1)
+        return stop, padding.new_full((B, 1), -torch.inf), tail
 
     @property
     def classes(self) -> Classes:
         """Which tokens are alike."""
         return Classes(self.order, self.sizes)
+
+    def _class_of_each(self) -> Tensor:
+        """The class of each token, in the order of their ids."""
+        device = self.order.device
+        classes = torch.arange(len(self.sizes), device=device)
+        return classes.repeat_interleave(torch.tensor(self.sizes, device=device))[self.order.argsort()]
 
     def rows(self, index: Tensor) -> Automaton:
         """For some of the samples."""
@@ -184,10 +188,7 @@ class Automaton:
         B, L, C = m.shape
         S = len(self.next)
         targets = self.next.flatten()
-        stop = torch.where(self.accepts, 0.0, -torch.inf).double().expand(B, S)
-        lost = m.new_full((B, 1), -torch.inf)
-        # What the padding behind an end adds up to.
-        tail = torch.cat([scores.padding.double().flip(1).cumsum(1).flip(1), m.new_zeros(B, 1)], 1)
+        stop, lost, tail = self._ends(scores.padding.double())
         later = torch.cat([stop, lost], 1)
         choices: list[Tensor] = []
         for i in reversed(range(L)):
@@ -205,3 +206,17 @@ class Automaton:
             over = over | (now == C)
             state = torch.where(over, state, self.next[state, now.clamp(max=C - 1)])
         return torch.stack(picked, 1), later[:, 0]
+
+
+def aligned(automata: Sequence[Automaton]) -> list[Automaton]:
+    """The same automata over common classes: tokens are alike where no automaton tells them apart."""
+    if len(automata) < 2:
+        return list(automata)
+    tokens = automata[0].order.sort().values
+    classes = torch.stack([automaton._class_of_each() for automaton in automata])
+    columns, which = torch.unique(classes, dim=1, return_inverse=True)
+    order, sizes = tokens[which.argsort(stable=True)], tuple(which.bincount().tolist())
+    return [
+        replace(automaton, order=order, sizes=sizes, next=automaton.next[:, column])
+        for automaton, column in zip(automata, columns, strict=True)
+    ]

@@ -111,10 +111,15 @@ class Words(NamedTuple):
 
 
 class Tilt(NamedTuple):
-    """`apply(words)` gives new logits [R, V]. looks_around: whether it needs the draft."""
+    """`apply(words)` gives new logits [R, V]. looks_around: whether it needs the draft.
+
+    bans: whether all it does is to put -inf, on the same words whatever the logits are. Bans come before other tilts,
+    which then choose among the words that are left; where they leave none, none of them acts.
+    """
 
     apply: Callable[[Words], Tensor]
     looks_around: bool = False
+    bans: bool = False
 
 
 class Constraint(NamedTuple):
@@ -130,10 +135,13 @@ class Veto(NamedTuple):
     """`find(tokens [B, L])` marks positions [B, L] bool whose tokens must be others; `cause` says why.
 
     What is marked in the last x0 is not proposed there in this step, and texts are rounded until nothing is marked.
+    members: marks [B, L] all tokens of which one must be another; by default those that `find` marks. A constraint may
+    need the one that `find` marks.
     """
 
     find: Callable[[Tensor], Tensor]
     cause: str
+    members: Callable[[Tensor], Tensor] | None = None
 
 
 class Gradient(NamedTuple):
@@ -165,6 +173,13 @@ class Guidance:
     def active(self, gamma: float) -> bool:
         """Whether the module acts at this noise level."""
         return self.min_gamma <= gamma <= self.max_gamma
+
+    def for_samples(self, first: int, last: int, total: int) -> Guidance:
+        """The module for the samples from `first` to before `last` of `total`, where it has options for each of them.
+
+        Raises UserError where these are not as many.
+        """
+        return self
 
     def parts(self, run: Run) -> Iterable[Part]:
         """What the module does in this run; nothing if it is switched off. Raises UserError for what can't be done."""

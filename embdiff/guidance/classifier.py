@@ -63,7 +63,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """log p(label) [B] of logits [B, K]."""
         return F.logsigmoid(logits[:, label]) if self.config.several else logits.log_softmax(-1)[:, label]
 
-    def log_odds_against(self, logits: Tensor, label: int) -> Tensor:
+    def log_probability_against(self, logits: Tensor, label: int) -> Tensor:
         """log p(not label) [B] of logits [B, K]."""
         if self.config.several:
             return F.logsigmoid(-logits[:, label])
@@ -121,7 +121,8 @@ def classifier_of(run: Run, name: str) -> NoisyClassifier:
         raise UserError(f"the model has no classifier {name!r} ({known}): train one with embdiff train-classifier")
     found: NoisyClassifier = run.classifiers[name]
     found.check_space(name, run.denoiser.space)
-    return cast(NoisyClassifier, found.to(run.device).eval())
+    with torch.inference_mode(False):  # its gradient is to be taken, whoever calls
+        return cast(NoisyClassifier, found.to(run.device).eval())
 
 
 def slope(classifier: NoisyClassifier, label: str, against: bool) -> Callable[[Tensor, float], Tensor]:
@@ -130,12 +131,12 @@ def slope(classifier: NoisyClassifier, label: str, against: bool) -> Callable[[T
     if label not in labels:
         shown = ", ".join(labels[:20]) + (" .." if len(labels) > 20 else "")
         raise UserError(f"the classifier has no label {label!r}: choose one of {shown}")
-    score = classifier.log_odds_against if against else classifier.log_probability
+    score = classifier.log_probability_against if against else classifier.log_probability
     index = labels.index(label)
 
     def of(z: Tensor, gamma: float) -> Tensor:
-        with torch.enable_grad():
-            z = z.detach().requires_grad_()
+        with torch.inference_mode(False), torch.enable_grad():
+            z = z.detach().clone().requires_grad_()  # cloned, for what was made in inference mode has no gradient
             level = torch.full((len(z),), gamma, device=z.device)
             (gradient,) = torch.autograd.grad(score(classifier(z, level), index).sum(), z)
         return gradient.float()

@@ -25,9 +25,8 @@ class Away(Guidance):
     scale: 1 = off, at most 1e4 in size. space: of mean embeddings ("x0") or of features, and so of logits ("logits").
     Three remedies against what large scales spoil, for x0, position by position:
 
-    rescale: 0 to 1, how far the guided value gets the length that c has (Lin et al. 2023, arXiv:2305.08891, equations
-    15
-        and 16); 0 = off.
+    rescale: 0 to 1, how far the guided value gets the length that c has (Lin et al. 2023, arXiv:2305.08891,
+        equations 15 and 16); 0 = off.
     parallel: the share that is kept of the change along c, which only makes it longer; 1 = all (adaptive projected
         guidance, Sadat et al. 2024, arXiv:2410.02416, equation 9).
     radius: what c - u is shortened to, in embedding lengths (their equation 10); none by default.

@@ -30,8 +30,8 @@ class Language(Protocol):
     def start(self) -> State:
         """What is remembered of the empty text."""
 
-    def symbol(self, text: str) -> Symbol:
-        """All that matters of a token, given what it adds to the text."""
+    def symbol(self, text: str, token: int = -1) -> Symbol:
+        """All that matters of a token, given what it adds to the text, and which it is."""
 
     def step(self, state: State, symbol: Symbol) -> State | None:
         """What is remembered after a token; None where no text of the language begins so."""
@@ -62,7 +62,7 @@ class TokenCount:
         """What no sample's count may exceed."""
         return max(span.high for span in self.spans)
 
-    def symbol(self, text: str) -> Symbol:
+    def symbol(self, text: str, token: int = -1) -> Symbol:
         return 1
 
     def step(self, state: State, symbol: Symbol) -> State | None:
@@ -80,7 +80,7 @@ class TokenCount:
 class CharacterCount(TokenCount):
     """Texts of so many characters. Tokens that are a part of a character are left out: only several would count one."""
 
-    def symbol(self, text: str) -> Symbol:
+    def symbol(self, text: str, token: int = -1) -> Symbol:
         return None if PART in text else len(text)
 
 
@@ -90,7 +90,7 @@ class WordCount(TokenCount):
 
     start: State = (0, False)  # words so far, whether the last character is one of a word
 
-    def symbol(self, text: str) -> Symbol:
+    def symbol(self, text: str, token: int = -1) -> Symbol:
         """Whether it begins within a word, the words that begin after a blank, and whether it ends within a word."""
         inside = [not c.isspace() for c in text]
         starts = sum(now and not before for before, now in pairwise(inside))
@@ -113,7 +113,7 @@ class Sentences:
 
     start: State = True  # of the empty text
 
-    def symbol(self, text: str) -> Symbol:
+    def symbol(self, text: str, token: int = -1) -> Symbol:
         closed = text.rstrip(CLOSING + whitespace)
         if not text.strip():
             return None
@@ -142,7 +142,7 @@ class Phrases:
         # Found phrases, the ones that the text so far ends with, and the starts of phrases that it ends with.
         self.start: State = (frozenset(), frozenset(), frozenset((i, 0) for i in range(len(self.phrases))))
 
-    def symbol(self, text: str) -> Symbol:
+    def symbol(self, text: str, token: int = -1) -> Symbol:
         """The text, with all as one that no phrase has: letters that are no part of a phrase's words, other marks, and
         blanks in a row."""
         plain = []
@@ -201,21 +201,21 @@ class Phrases:
 
 @dataclass(frozen=True)
 class Kept:
-    """Texts with given pieces at given positions: {position: what its token adds to the text}."""
+    """Texts with given tokens at given positions: {position: token}. Tokens, for all parts of characters read alike."""
 
-    pieces: Mapping[int, str]
+    tokens: Mapping[int, int]
     start: State = 0
 
-    def symbol(self, text: str) -> Symbol:
-        return text if text in self.pieces.values() else None
+    def symbol(self, text: str, token: int = -1) -> Symbol:
+        return token if token in self.tokens.values() else None
 
     def step(self, state: State, symbol: Symbol) -> State | None:
-        fits = state not in self.pieces or self.pieces[state] == symbol
+        fits = state not in self.tokens or self.tokens[state] == symbol
         # Behind the last kept position nothing needs to be counted.
-        return min(state + 1, max(self.pieces) + 1) if fits else None
+        return min(state + 1, max(self.tokens) + 1) if fits else None
 
     def accepts(self, state: State, sample: int) -> bool:
-        return bool(state > max(self.pieces))
+        return bool(state > max(self.tokens))
 
 
 def is_word(c: str) -> bool:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 from embdiff import vocabulary
 from embdiff.errors import UserError
@@ -44,6 +44,14 @@ class Length(Guidance):
             if getattr(self, name) is not None:
                 spans(name, getattr(self, name))
 
+    def for_samples(self, first: int, last: int, total: int) -> Length:
+        given = {name: each(getattr(self, name)) for name in ("tokens", "words", "characters")}
+        lists: dict[str, Any] = {name: count for name, count in given.items() if len(count) > 1}
+        for name, count in lists.items():
+            if len(count) != total:
+                raise UserError(f"{len(count)} lengths in {name} for {total} samples: give one, or one for each")
+        return replace(self, **{name: count[first:last] for name, count in lists.items()})
+
     def parts(self, run: Run) -> Iterable[Part]:
         kinds: dict[str, type[TokenCount | WordCount | CharacterCount]] = {
             "tokens": TokenCount, "words": WordCount, "characters": CharacterCount,
@@ -74,14 +82,21 @@ def within(span: Span, name: str, run: Run) -> Span:
 
 
 def spans(name: str, count: Count) -> list[Span]:
-    """The ranges that a number, a range, or a list of them names; in text, a list is separated by |."""
-    if isinstance(count, str) and "|" in count:
-        count = count.split("|")
-    return [span_of(name, one) for one in count] if isinstance(count, list) else [span_of(name, count)]
+    """The ranges that a number, a range, or a list of them names."""
+    return [span_of(name, one) for one in each(count)]
+
+
+def each(count: Count | None) -> list[Any]:
+    """The numbers and ranges of a list, or the only one; in text, a list is separated by |."""
+    if isinstance(count, str):
+        return count.split("|")
+    return count if isinstance(count, list) else [count]
 
 
 def span_of(name: str, count: object) -> Span:
     """One range."""
+    if not isinstance(count, str) and str(count).startswith("-"):
+        raise UserError(f"{name} {count} is negative: give a number from 0 on, or '{count}' for at most so many")
     try:
         if isinstance(count, tuple):
             low, high = (int(end) for end in count)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import groupby, pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 from embdiff import vocabulary
 from embdiff.errors import UserError
 from embdiff.guidance.base import Constraint, Guidance, Part, Run, Tilt, Veto
-from embdiff.guidance.language import Kept, Phrases, is_word
+from embdiff.guidance.language import PART, Kept, Phrases, is_word
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class Lexical(Guidance):
     """Texts with all phrases of `include` and none of `exclude`, as whole words, in any case of letters.
 
     Included phrases may come anywhere; with `ordered`, one after the other. keep: text at given positions, {first
-    token's position: text}. strength: 0 to 1, how much `include` and `keep` guide on the way.
+    token's position: text}, exactly as it is written; a word behind the first position begins a new word, with or
+    without a blank before it. strength: 0 to 1, how much `include` and `keep` guide on the way.
     """
 
     name: ClassVar[str] = "lexical"
@@ -50,14 +53,16 @@ class Lexical(Guidance):
                 raise UserError(f"{phrase!r} is asked for while {found[0]!r} is excluded: drop one of them")
 
     def parts(self, run: Run) -> Iterable[Part]:
-        for phrase in (*self.include, *self.keep.values()):
+        for phrase in self.include:
             check_spelling(run.tokenizer, phrase)
+        for text in self.keep.values():
+            check_spelling(run.tokenizer, text, exactly=True)
         if self.include:
             order = " in this order" if self.ordered else ""
             cause = f"words {', '.join(map(repr, self.include))}{order}"
             yield Constraint(Phrases(self.include, self.ordered), cause, self.strength)
         if self.keep:
-            yield Constraint(Kept(kept_pieces(self.keep, run)), f"kept positions {dict(self.keep)}", self.strength)
+            yield Constraint(Kept(kept_tokens(self.keep, run)), f"kept positions {dict(self.keep)}", self.strength)
         if self.exclude:
             yield from without(self.exclude, run)
 
@@ -66,16 +71,28 @@ def without(phrases: Sequence[str], run: Run, called: str | None = None) -> Iter
     """The parts that keep phrases out of texts. called: what errors call them; by default they are shown."""
     banned = matcher(phrases)
     assert banned is not None
-    # Tokens that are such a phrase by themselves, whatever stands beside them.
-    end = " " if vocabulary.sets_blanks(run.tokenizer) else ""
-    alone = [i for i, text in enumerate(run.pieces) if text and (m := banned.search(" " + text + end)) and m.end() > 1]
-    if not end:
-        alone = [i for i in alone if whole_inside(banned, run.pieces[i] or "")]
-    if alone:
-        bias = torch.zeros(len(run.pieces), device=run.device)
-        bias[alone] = -torch.inf
-        yield Tilt(lambda words: words.logits + bias)
-    yield Veto(finder(banned, run), f"without {called or ', '.join(map(repr, phrases))}")
+    if alone := always(run.tokenizer, tuple(phrases)):
+        bias = torch.zeros(run.vocabulary, device=run.device)
+        bias[list(alone)] = -torch.inf
+        yield Tilt(lambda words: words.logits + bias, bans=True)
+    yield Veto(
+        finder(banned, run),
+        f"without {called or ', '.join(map(repr, phrases))}",
+        finder(banned, run, whole=True),
+    )
+
+
+@lru_cache(maxsize=16)
+def always(tokenizer: Any, phrases: tuple[str, ...]) -> tuple[int, ...]:
+    """The tokens that are such a phrase by themselves, whatever stands beside them."""
+    banned = matcher(phrases)
+    assert banned is not None
+    texts = [text and text.replace(PART, "_") for text in vocabulary.pieces(tokenizer)]  # it may become a letter
+    if vocabulary.sets_blanks(tokenizer):
+        found = (i for i, text in enumerate(texts) if text and (m := banned.search(f" {text} ")) and m.end() > 1)
+    else:
+        found = (i for i, text in enumerate(texts) if text and whole_inside(banned, text))
+    return tuple(found)
 
 
 def matcher(phrases: Sequence[str]) -> re.Pattern[str] | None:
@@ -83,13 +100,17 @@ def matcher(phrases: Sequence[str]) -> re.Pattern[str] | None:
     if not phrases:
         return None
     longest_first = sorted({" ".join(phrase.split()) for phrase in phrases}, key=len, reverse=True)
-    return re.compile("|".join(map(whole, longest_first)), re.IGNORECASE)
+    # What must stand beside a phrase is said once for all alike, so that it is looked for once at each character.
+    alike: dict[tuple[str, str], list[str]] = {}
+    for phrase in longest_first:
+        alike.setdefault(beside(phrase), []).append(r"\s+".join(map(re.escape, phrase.split())))
+    patterns = (f"{before}(?:{'|'.join(group)}){after}" for (before, after), group in alike.items())
+    return re.compile("|".join(patterns), re.IGNORECASE)
 
 
-def whole(phrase: str) -> str:
-    """The pattern of a phrase with nothing beside it that would make its first or last word another."""
-    before, after = (r"(?<!\w)" if is_word(phrase[0]) else "", r"(?!\w)" if is_word(phrase[-1]) else "")
-    return before + r"\s+".join(map(re.escape, phrase.split())) + after
+def beside(phrase: str) -> tuple[str, str]:
+    """Patterns that keep out what, before and after a phrase, would make its first or last word another."""
+    return r"(?<!\w)" if is_word(phrase[0]) else "", r"(?!\w)" if is_word(phrase[-1]) else ""
 
 
 def whole_inside(banned: re.Pattern[str], text: str) -> bool:
@@ -97,39 +118,70 @@ def whole_inside(banned: re.Pattern[str], text: str) -> bool:
     return any(m.start() > 0 and m.end() < len(text) for m in banned.finditer(text))
 
 
-def finder(banned: re.Pattern[str], run: Run) -> Callable[[Tensor], Tensor]:
-    """A function of tokens [B, L] that marks a position [B, L] in each match: the one where it begins."""
+def finder(banned: re.Pattern[str], run: Run, whole: bool = False) -> Callable[[Tensor], Tensor]:
+    """A function of tokens [B, L] that marks a position [B, L] in each match: the one where it begins; whole: all."""
 
     def find(ids: Tensor) -> Tensor:
         marked = torch.zeros(ids.shape, dtype=torch.bool)
         for b, row in enumerate(ids.tolist()):
-            pieces = [run.pieces[token] or "" for token in vocabulary.before_end(run.tokenizer, row)]
-            owner = [i for i, text in enumerate(pieces) for _ in text]
-            for match in banned.finditer("".join(pieces)):
-                marked[b, owner[match.start()]] = True
+            for first, last in matches(banned, vocabulary.before_end(run.tokenizer, row), run):
+                marked[b, first : last + 1 if whole else first + 1] = True
         return marked.to(ids.device)
 
     return find
 
 
-def check_spelling(tokenizer: Any, phrase: str) -> None:
-    """Raises UserError where the tokenizer can't spell a word of the phrase in any case of letters."""
+def matches(banned: re.Pattern[str], tokens: Sequence[int], run: Run) -> Iterator[tuple[int, int]]:
+    """The positions of the first and the last token of each match in a text."""
+    texts = read(tokens, run)
+    owner = [i for i, text in enumerate(texts) for _ in text]
+    for match in banned.finditer("".join(texts)):
+        yield owner[match.start()], owner[match.end() - 1]
+
+
+def read(tokens: Sequence[int], run: Run) -> list[str]:
+    """What each token adds to a text. A character that several spell is added by the last of them."""
+    texts = [run.pieces[token] or "" for token in tokens]
+    for partial, group in groupby(range(len(tokens)), lambda i: PART in texts[i]):
+        if partial:
+            places = list(group)
+            first, end = places[0], places[-1] + 1
+            begin = max(0, first - 1)  # the token before shows whether there is a blank
+            known = run.tokenizer.batch_decode([tokens[begin:i] for i in range(first, end + 1)])
+            # What may still become a character is left to the next token.
+            known[1:-1] = [text.rstrip(PART) for text in known[1:-1]]
+            texts[first:end] = [after[len(before) :] for before, after in pairwise(known)]
+    return texts
+
+
+def check_spelling(tokenizer: Any, phrase: str, exactly: bool = False) -> None:
+    """Raises UserError where the tokenizer can't spell a word of the phrase in any case of letters, or as it is."""
 
     def known(word: str) -> bool:
-        forms = (word, word.lower(), word.capitalize(), word.upper())
+        forms = (word,) if exactly else (word, word.lower(), word.capitalize(), word.upper())
         return any(tokenizer.unk_token_id not in vocabulary.tokens(tokenizer, form) for form in forms)
 
     if unknown := [word for word in phrase.split() if not known(word)]:
         raise UserError(f"the model's vocabulary has no {' '.join(unknown)!r}: ask for words it has seen")
 
 
-def kept_pieces(keep: Mapping[int, str], run: Run) -> dict[int, str]:
-    """What the token at each kept position adds to a text."""
-    found: dict[int, str] = {}
+def kept_tokens(keep: Mapping[int, str], run: Run) -> dict[int, int]:
+    """The token at each kept position."""
+    found: dict[int, int] = {}
     for start, text in keep.items():
-        for i, token in enumerate(vocabulary.tokens(run.tokenizer, text), int(start)):
+        tokens = tokens_at(int(start), text, run)
+        if not tokens:
+            raise UserError(f"keep {start}={text!r}: there is no word to keep")
+        for i, token in enumerate(tokens, int(start)):
             if i in found or not 0 <= i < run.length:
                 why = "is kept twice" if i in found else f"is not among the {run.length} of a text"
                 raise UserError(f"keep {start}={text!r}: position {i} {why}")
-            found[i] = run.pieces[token] or ""
+            found[i] = token
     return found
+
+
+def tokens_at(start: int, text: str, run: Run) -> list[int]:
+    """The tokens of a text at a position. A word behind the first one is set apart from the word before it."""
+    tokens = vocabulary.tokens(run.tokenizer, text)
+    glued = start > 0 and bool(tokens) and is_word((run.pieces[tokens[0]] or " ")[0]) and is_word(text[0])
+    return vocabulary.tokens(run.tokenizer, " " + text) if glued else tokens

@@ -56,7 +56,7 @@ def parse(spec: str) -> Guidance:
         raise UserError(f"guidance {name!r} is unknown: choose one of {', '.join(sorted(known))}")
     options = {field.name: field for field in fields(known[name])}
     given: dict[str, Any] = {}
-    for pair in next(csv.reader([rest])) if rest else []:
+    for pair in pairs_of(name, rest):
         option, equals, value = pair.strip().partition("=")
         option = option.strip().replace("-", "_")
         if not equals or option not in options:
@@ -71,6 +71,17 @@ def parse(spec: str) -> Guidance:
     if lacking := [option for option in missing if option not in given]:
         raise UserError(f"guidance {name} needs {', '.join(lacking)}, as in {name}:{lacking[0]}=..")
     return known[name](**given)
+
+
+def pairs_of(name: str, text: str) -> list[str]:
+    """The parts between commas; those in quotes may have commas and line breaks."""
+    try:
+        return next(csv.reader([text])) if text else []
+    except csv.Error:
+        raise UserError(
+            f"the options of guidance {name} can't be read: a value with a comma or a line break goes into quotes, "
+            f'as in {name}:"option=value"'
+        ) from None
 
 
 def converted(name: str, field: Field[Any], text: str) -> Any:

@@ -6,6 +6,7 @@ autoregressive sampler looks at the words before, these look at the last draft o
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -58,6 +59,7 @@ class TopP(Guidance):
         p = ordered.softmax(-1)
         # A word stays if those above it do not reach p: the first always does.
         last = ((p.cumsum(-1) - p) < self.p).sum(-1, keepdim=True) - 1
+        last = last.clamp(min=0)  # in a row without words there is no first
         return cut(words.logits, ordered.gather(-1, last))
 
 
@@ -123,19 +125,26 @@ class NoRepeatNgram(Guidance):
             raise UserError(f"no-repeat-ngram {self.n} is out of range: give 1 or more")
 
     def parts(self, run: Run) -> Iterable[Part]:
-        yield Veto(lambda ids: repeated(ids, self.n, run.tokenizer), f"no {self.n}-gram twice")
+        yield Veto(
+            lambda ids: repeated(ids, self.n, run.tokenizer),
+            f"no {self.n}-gram twice",
+            lambda ids: repeated(ids, self.n, run.tokenizer, whole=True),
+        )
 
 
-def repeated(ids: Tensor, n: int, tokenizer: Any) -> Tensor:
-    """[B, L] bool: where a run of n tokens ends that occurred before in the text [B, L]."""
+def repeated(ids: Tensor, n: int, tokenizer: Any, whole: bool = False) -> Tensor:
+    """[B, L] bool: where a run of n tokens ends that occurred before in the text [B, L]; whole: all tokens of runs that
+    occur twice."""
     marked = torch.zeros(ids.shape, dtype=torch.bool)
     for b, row in enumerate(ids.tolist()):
         text = vocabulary.before_end(tokenizer, row)
-        seen: set[tuple[int, ...]] = set()
+        seen = defaultdict[tuple[int, ...], list[int]](list)  # where each run ends
         for i in range(n, len(text) + 1):
-            last = tuple(text[i - n : i])
-            marked[b, i - 1] = last in seen
-            seen.add(last)
+            places = seen[tuple(text[i - n : i])]
+            marked[b, i - 1] |= bool(places)
+            places.append(i)
+        for end in (i for places in seen.values() if whole and len(places) > 1 for i in places):
+            marked[b, end - n : end] = True
     return marked.to(ids.device)
 
 
@@ -149,7 +158,7 @@ def cut(logits: Tensor, lowest: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Processors(Guidance):
-    """transformers' LogitsProcessor objects, in their order.
+    """transformers' LogitsProcessor objects, in their order, after those that always suppress the same tokens.
 
     Those that look at scores alone (top-k, top-p, min-p, typical, epsilon, eta, suppressed tokens, ..) are called as
     they are; repetition penalty and no-repeat n-grams are ours, with the processor's number. Others look at the words
@@ -186,7 +195,7 @@ def parts_of(processor: Any, run: Run) -> Iterable[Part]:
             + (f": use {ours}" if ours else "")
         )
     else:
-        yield Tilt(called(processor))
+        yield Tilt(called(processor), bans=suppresses(processor, run.vocabulary))
 
 
 def called(processor: Any) -> Callable[[Words], Tensor]:
@@ -194,11 +203,20 @@ def called(processor: Any) -> Callable[[Words], Tensor]:
 
     def apply(words: Words) -> Tensor:
         nothing = torch.zeros((len(words.logits), 0), dtype=torch.long, device=words.logits.device)
-        scores: Tensor = processor(nothing, words.logits)
+        scores: Tensor = processor(nothing, words.logits.clone())  # theirs may write into it
         # Theirs may fill with the lowest number: what was out stays out.
         return scores.masked_fill(words.logits == -torch.inf, -torch.inf)
 
     return apply
+
+
+def suppresses(processor: Any, vocabulary: int) -> bool:
+    """Whether it puts -inf on the same tokens whatever the scores are, and does nothing else."""
+    scores = 5 * torch.randn(4, vocabulary, generator=torch.Generator().manual_seed(0))
+    scores = torch.cat([scores, -scores])
+    found = processor(torch.zeros((len(scores), 0), dtype=torch.long), scores.clone())
+    out = found == -torch.inf
+    return torch.equal(found, scores.masked_fill(out, -torch.inf)) and bool(out.any() and (out == out[:1]).all())
 
 
 def looks_back(processor: Any, vocabulary: int) -> bool:

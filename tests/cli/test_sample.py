@@ -188,6 +188,12 @@ def test_options_without_effect_are_noted_and_not_recorded(model):
     for options in (["--prompt", "a dog"], ["--negative-prompt", "a dog"]):
         assert not sample(model, *options, "--cfg-scale", "2").stderr
         assert records(model, *options, "--cfg-scale", "2")[0]["cfg_scale"] == 2
+        assert not sample(model, *options, "--guidance", "cfg:scale=1.7").stderr
+        assert records(model, *options, "--guidance", "cfg:scale=1.7")[0]["cfg_scale"] == 1.7
+        both = records(model, *options, "--cfg-scale", "2", "--guidance", "cfg:scale=1.5")[0]
+        one = records(model, *options, "--cfg-scale", "2.5")[0]
+        assert (both["cfg_scale"], both["text"]) == (2.5, one["text"])
+    assert records(model, "--guidance", "cfg:scale=2")[0]["cfg_scale"] == 1
 
 
 def test_tokens_are_those_of_the_text(model, tokenizer):
@@ -214,6 +220,21 @@ def test_guidance_by_name_reaches_every_sample(model):
     )
     assert [len(record["text"].split()) for record in drawn] == [4] * 5
     assert all(record["text"].endswith(".") and "the" not in record["text"].split() for record in drawn)
+
+
+def test_each_sample_has_its_own_length_whatever_its_batch(model, tmp_path):
+    lengths = [3, 1, 5, 2, 4]
+    spec = "length:complete=no,words=" + "|".join(map(str, lengths))
+    arguments = [model, "-n", 5, "--batch-size", 2, "--guidance", spec]
+    assert [len(record["text"].split()) for record in records(*arguments)] == lengths
+    output = tmp_path / "samples.jsonl"
+    sample(*arguments, "--output", output)
+    whole = output.read_text()
+    output.write_text("".join(whole.splitlines(keepends=True)[:3]))
+    sample(*arguments, "--output", output, "--resume")
+    assert output.read_text() == whole
+    with pytest.raises(UserError, match="5 lengths in words for 6 samples"):
+        sample(*arguments, "-n", 6)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import pytest
 from embdiff import vocabulary
 from embdiff.errors import UserError
 from embdiff.evaluation.samples import as_written, draw, some
+from embdiff.guidance import Length
 from tests.conftest import sentences
 
 
@@ -15,6 +16,16 @@ def test_texts_do_not_depend_on_their_batch(pipe):
     assert together == apart
     assert told == [2, 2, 2, 1]
     assert draw(pipe, [None] * 5, seed=5, num_inference_steps=4) == together[2:]
+
+
+def test_each_text_has_its_own_length_whatever_its_batch(pipe):
+    lengths = [1, 2, 3, 4, 5]
+    texts = draw(
+        pipe, [None] * 5, batch_size=2, num_inference_steps=2, guidance=[Length(words=lengths, complete=False)]
+    )
+    assert [len(text.split()) for text in texts] == lengths
+    with pytest.raises(UserError, match="2 lengths in words for 5 samples"):
+        draw(pipe, [None] * 5, batch_size=2, guidance=[Length(words=[1, 2])])
 
 
 def test_each_prompt_has_its_own_text(pipe):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embdiff.errors import UserError
-from embdiff.guidance.automaton import Automaton, Shares
+from embdiff.guidance.automaton import Automaton, Shares, aligned
 from embdiff.guidance.language import CharacterCount, Kept, Phrases, Sentences, Span, TokenCount, WordCount
 
 TEXTS = [" cat", " a", ".", "s", " ", None]  # None: a special token
@@ -18,7 +18,7 @@ LENGTH = 4
 def is_in(language, text, sample=0):
     state = language.start
     for token in text:
-        state = language.step(state, language.symbol(token))
+        state = language.step(state, language.symbol(token, TEXTS.index(token) if token in TEXTS else -1))
         if state is None:
             return False
     return language.accepts(state, sample)
@@ -32,7 +32,7 @@ LANGUAGES = {
     "phrases": [Phrases(["cat", "a"])],
     "in order": [Phrases(["a cat", "a"], ordered=True)],
     "several": [WordCount([Span(2, 2)]), Sentences(), Phrases(["cats"])],
-    "kept": [Kept({0: " a", 2: "s"})],
+    "kept": [Kept({0: 1, 2: 3})],
     "none": [],
 }
 
@@ -64,6 +64,45 @@ def test_marginals_and_the_best_text_are_those_of_all_texts_written_out(name, se
                                    expected, atol=1e-4, rtol=1e-3)  # fmt: skip
         assert tuple(best[b].tolist()) == highest[1]
         assert score[b].exp().item() == pytest.approx(highest[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("likely", [0.0, 1e-30, 0.5])
+@pytest.mark.parametrize(("language", "texts"), [(TokenCount, [" a", "s"]), (WordCount, [" a", " "])])
+def test_what_is_improbable_in_a_long_text_is_planned_all_the_same(language, texts, likely):
+    """Of 200 in 256 places, what must come may be less probable than any number."""
+    L, n = 256, 200
+    automaton = Automaton.of([language([Span(n, n)])], texts, 2, L, "it")
+    C = len(automaton.sizes)
+    shares = torch.full((2, L, C), likely / C, dtype=torch.float64)
+    shares[1, ::2] = 0.0
+    found = automaton.marginals(Shares(shares, torch.zeros(2, L), 1 - shares.sum(-1)))
+    whole = torch.cat([found.classes, found.end[..., None], found.padding[..., None]], -1)
+    assert torch.allclose(whole.sum(-1), torch.ones(2, L, dtype=torch.float64))
+    counted = found.classes if language is TokenCount else found.classes[..., automaton.order.tolist().index(0)]
+    assert torch.allclose(counted.flatten(1).sum(1), torch.full((2,), float(n), dtype=torch.float64))
+
+
+@given(st.integers(0, 99))
+def test_automata_over_common_classes_say_the_same_of_every_token(seed):
+    apart = [Automaton.of(LANGUAGES[name], TEXTS, 2, LENGTH, "it") for name in ("words", "phrases", "kept")]
+    words = [i for i, text in enumerate(TEXTS) if text is not None]
+    p = torch.rand(2, LENGTH, len(TEXTS) + 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    p = p / p.sum(-1, keepdim=True)
+
+    def marginals(automaton):
+        """Of each token, and of the end."""
+        groups = automaton.order.split(automaton.sizes)
+        shares = torch.stack([p[..., group].sum(-1) for group in groups], -1)
+        found = automaton.marginals(Shares(shares, p[..., -2], p[..., -1]))
+        tokens = torch.zeros_like(p)
+        for c, group in enumerate(groups):
+            tokens[..., group] = p[..., group] / shares[..., c, None] * found.classes[..., c, None]
+        return torch.cat([tokens[..., words], found.end[..., None]], -1)
+
+    together = aligned(apart)
+    assert all(torch.equal(each.order, together[0].order) and each.sizes == together[0].sizes for each in together)
+    for one, other in zip(apart, together, strict=True):
+        assert torch.allclose(marginals(one), marginals(other))
 
 
 WORDS = st.text(st.sampled_from("ab. -"), min_size=1, max_size=4)

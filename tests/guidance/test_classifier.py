@@ -5,10 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from embdiff import TextDiffusionPipeline
-from embdiff.classification import ClassifierConfig, train_classifier
+from embdiff.classification import ClassifierConfig, heads, train_classifier
 from embdiff.cli import app
 from embdiff.data import Example
 from embdiff.errors import UserError
@@ -85,6 +87,22 @@ def test_the_slope_is_that_of_the_log_probability(several, against):
         assert found[index].item() == pytest.approx(
             (value(z + bump) - value(z - bump)) / (2 * step), rel=1e-2, abs=1e-4
         )
+
+
+def test_the_slope_does_not_mind_inference_mode(pipe, cats):
+    classifier, _ = cats
+    pipe.classifiers["cats"] = classifier
+    z = torch.randn(2, 5, pipe.denoiser.dim)
+    outside = slope(classifier, "cat", False)(z, 0.7)
+    guidance = ClassifierGuidance("cat", "cats", strength=5.0)
+
+    def text():
+        return pipe(num_inference_steps=2, generator=torch.Generator().manual_seed(0), guidance=[guidance]).texts
+
+    plain = text()
+    with torch.inference_mode():
+        assert torch.equal(slope(classifier, "cat", False)(z.clone(), 0.7), outside)
+        assert text() == plain
 
 
 def test_classifiers_are_saved_and_loaded_with_the_model(pipe, cats, tmp_path):
@@ -168,3 +186,11 @@ def test_a_lexicon_is_not_shown_in_errors(pipe, tmp_path):
     with pytest.raises(UserError) as error:
         pipe(guidance=[Toxicity(lexicon=str(tmp_path / "words.txt")), Lexical(include=["cat"])])
     assert "secret" not in str(error.value)
+
+
+@given(st.integers(1, 400).map(lambda n: 2 * n))
+def test_heads_share_out_any_even_width(width):
+    n = heads(width)
+    assert width % n == 0
+    assert width // n % 2 == 0  # rotary positions turn pairs
+    assert n == 1 or width // n >= 64

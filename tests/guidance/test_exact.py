@@ -8,9 +8,12 @@ from hypothesis import strategies as st
 from embdiff import TextDiffusionPipeline, vocabulary
 from embdiff.denoiser import Denoiser
 from embdiff.errors import UserError
+from embdiff.guidance import parse
+from embdiff.guidance.base import Run
 from embdiff.guidance.length import Length
-from embdiff.guidance.lexical import Lexical, matcher
+from embdiff.guidance.lexical import Lexical, always, finder, matcher, read
 from embdiff.noise import GumbelSchedule
+from embdiff.prediction import Predictor
 from embdiff.schedulers import RenoiseScheduler
 from tests.conftest import lively, sentences
 
@@ -115,9 +118,12 @@ def test_kept_positions_are_kept(any_pipe):
         (lambda: [Length()], "words=12"),
         (lambda: [Length(words="many")], "many"),
         (lambda: [Length(words=[1, 2])], "2 lengths"),
+        (lambda: [Length(words=-3)], "words -3 is negative: .* '-3' for at most"),
+        (lambda: [Length(tokens=[1, 2, 3, 4, 5, -6])], "tokens -6 is negative"),
         (lambda: [Lexical()], "without words"),
         (lambda: [Lexical(include=[""])], "empty"),
         (lambda: [Lexical(keep={30: "cat"})], "position 30"),
+        (lambda: [Lexical(keep={3: ""})], "no word to keep"),
         (lambda: [Length(words=5, min_gamma=2.0, max_gamma=1.0)], "min_gamma"),
     ],
 )
@@ -132,3 +138,80 @@ def test_words_that_a_word_tokenizer_lacks_are_refused():
     pipe = pipe_of(vocabulary.train_word(sentences(50)))
     with pytest.raises(UserError, match="zebra"):
         pipe(guidance=[Lexical(include=["a zebra"])])
+
+
+def test_kept_words_are_kept_as_they_are_written():
+    pipe = pipe_of(vocabulary.train_word(sentences(50)))
+    assert all(text.startswith("the ") for text in drawn(pipe, Lexical(keep={0: "the"}))[0])
+    with pytest.raises(UserError, match="no 'The'"):
+        pipe(guidance=[Lexical(keep={0: "The"})])
+
+
+def test_a_kept_word_is_a_word_of_its_own(any_pipe):
+    out = any_pipe(num_samples=4, num_inference_steps=3, guidance=[parse("lexical:keep=0=red|3=cat")])
+    pieces = vocabulary.pieces(any_pipe.tokenizer)
+    assert all(text.startswith("red") for text in out.texts)
+    assert all(pieces[row[3]] == " cat" for row in out.sequences.tolist())
+
+
+@pytest.fixture(scope="module")
+def byte_pipe():
+    """Of a tokenizer that spells ï and é byte by byte."""
+    return pipe_of(vocabulary.train_bpe(sentences(300), 330))
+
+
+def row_of(pipe, tokens, length=24):
+    """[1, length]: the tokens and the end."""
+    return torch.tensor([[*tokens, *[pipe.tokenizer.eos_token_id] * length][:length]])
+
+
+PARTS = ["naïve", " naïve", " naïve café", "é", "ï", " cat", "s", ".", " "]
+
+
+@given(st.lists(st.tuples(st.sampled_from(PARTS), st.integers(0, 9), st.integers(1, 9)), max_size=4))
+def test_phrases_are_found_where_the_decoded_text_has_them(byte_pipe, cuts):
+    tokenizer = byte_pipe.tokenizer
+    tokens = [t for text, first, last in cuts for t in vocabulary.tokens(tokenizer, text)[first % 3 : last]][:20]
+    run, row = Run(byte_pipe.denoiser, tokenizer, samples=1, length=24), row_of(byte_pipe, tokens)
+    text = vocabulary.decode(tokenizer, tokens)
+    assert "".join(read(tokens, run)) == text
+    banned = matcher(["naïve", "café", "é."])
+    begins, whole = finder(banned, run)(row), finder(banned, run, whole=True)(row)
+    assert begins.sum() == len({m.start() for m in banned.finditer(text)})
+    assert not (begins & ~whole).any()
+
+
+def test_words_of_bytes_are_excluded_and_kept(byte_pipe):
+    tokens = vocabulary.tokens(byte_pipe.tokenizer, "a naïve cat")
+    run = Run(byte_pipe.denoiser, byte_pipe.tokenizer, samples=1, length=24)
+    z = byte_pipe.denoiser.space.embed(row_of(byte_pipe, tokens))
+    rounded = Predictor(run, [Lexical(exclude=["naïve"])], kept=byte_pipe._kept_tokens()).round(z)
+    (text,) = byte_pipe.decode(rounded)
+    assert text.startswith("a")
+    assert text.endswith(" cat")
+    assert "naïve" not in text
+    kept = vocabulary.tokens(byte_pipe.tokenizer, " naïve é")
+    out = byte_pipe(num_samples=3, num_inference_steps=2, guidance=[Lexical(keep={2: " naïve é"})])
+    assert torch.equal(out.sequences[:, 2 : 2 + len(kept)], torch.tensor([kept] * 3))
+
+
+PHRASES = st.lists(st.sampled_from(["a", "ab", "a b", "b.", ".a", "-", "B", "bb"]), min_size=1, max_size=4)
+
+
+@settings(max_examples=200)
+@given(st.text("ab. -", max_size=12), PHRASES)
+def test_many_phrases_are_found_where_any_of_them_is(text, phrases):
+    found = matcher(phrases).search(text)
+    each = [m.start() for phrase in phrases if (m := matcher([phrase]).search(text))]
+    assert (found.start() if found else None) == min(each, default=None)
+
+
+def test_a_lexicon_is_one_search(any_pipe):
+    words = [f"word{i}" for i in range(400)] + ["cat"]
+    assert matcher(words).pattern.count("(?<!") == 1  # what stands before is looked at once at each character
+    run = Run(any_pipe.denoiser, any_pipe.tokenizer, samples=1, length=24)
+    list(Lexical(exclude=words).parts(run))
+    before = always.cache_info()
+    list(Lexical(exclude=words).parts(run))
+    after = always.cache_info()
+    assert (after.hits, after.misses) == (before.hits + 1, before.misses)

@@ -19,6 +19,7 @@ from embdiff.guidance.base import Tilt
         ("length:words=1|2-3", Length(words="1|2-3")),
         ("lexical:include=cheap pub|riverside, exclude=the", Lexical(["cheap pub", "riverside"], ["the"])),
         ('lexical:"include=no, thanks",ordered=yes', Lexical(["no, thanks"], ordered=True)),
+        ('lexical:"include=cheap\npub"', Lexical(["cheap\npub"])),
         ("lexical:keep=0=the|5=cat", Lexical(keep={0: "the", 5: "cat"})),
         ("top-k", TopK()),
         ("top-p:p=0.5,max-gamma=4", TopP(0.5, max_gamma=4.0)),
@@ -41,12 +42,14 @@ def test_specs_name_modules(spec, module):
         ("lexical:keep=the", "position=text"),
         ("top-p:p=1.5", "out of range"),
         ("length", "words=12"),
+        ("lexical:include=cheap\npub", "a comma or a line break goes into quotes"),
         ("top-k:min_gamma=3,max_gamma=2", "must not be above"),
     ],
 )
 def test_bad_specs_are_named(spec, cause):
-    with pytest.raises(UserError, match=cause):
+    with pytest.raises(UserError, match=cause) as caught:
         parse(spec)
+    assert "\n" not in str(caught.value)
 
 
 @dataclass(frozen=True)

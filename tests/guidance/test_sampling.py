@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embdiff.errors import UserError
+from embdiff.guidance import Lexical, Toxicity
 from embdiff.guidance.base import Run, Words
 from embdiff.guidance.sampling import MinP, NoRepeatNgram, Processors, RepetitionPenalty, TopK, TopP, repeated
 
@@ -82,6 +83,64 @@ def test_repeated_runs_are_marked_where_they_end(tokens, n):
 def test_no_ngram_occurs_twice_in_a_text(pipe, n):
     out = pipe(num_samples=4, num_inference_steps=3, guidance=[NoRepeatNgram(n)])
     assert not repeated(out.sequences, n, pipe.tokenizer).any()
+
+
+CUTS = [
+    lambda: TopK(1), lambda: TopP(0.3), lambda: MinP(0.9), lambda: Processors([transformers.TypicalLogitsWarper(0.2)]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("cutting", CUTS)
+@pytest.mark.parametrize("ban", ["words", "lexicon", "tokens", "n-grams"])
+def test_bans_and_cuts_in_either_order_give_the_same_texts_without_what_is_banned(pipe, tmp_path, cutting, ban):
+    def drawn(*guidance):
+        generator, steps = torch.Generator().manual_seed(0), []
+        out = pipe(num_samples=6, num_inference_steps=4, generator=generator, guidance=guidance,
+                   callback_on_step_end=lambda pipe, i, t, state: steps.append(state["x0"]) or {})  # fmt: skip
+        assert all(x0.isfinite().all() for x0 in steps)
+        assert any(out.texts)
+        return out
+
+    common = sorted({word for text in drawn(cutting()).texts for word in text.split()} - {"<unk>"})
+    (tmp_path / "words.txt").write_text("\n".join(common))
+    tokens = [pipe.tokenizer.convert_tokens_to_ids(word) for word in common]
+    banning = {
+        "words": lambda: Lexical(exclude=common),
+        "lexicon": lambda: Toxicity(lexicon=str(tmp_path / "words.txt")),
+        "tokens": lambda: Processors([transformers.SuppressTokensLogitsProcessor(tokens)]),
+        "n-grams": lambda: NoRepeatNgram(1),
+    }[ban]
+    one, other = drawn(cutting(), banning()), drawn(banning(), cutting())
+    assert torch.equal(one.sequences, other.sequences)
+    if ban == "n-grams":
+        assert not repeated(one.sequences, 1, pipe.tokenizer).any()
+    else:
+        assert not {word for text in one.texts for word in text.split()} & set(common)
+
+
+def test_a_text_of_which_every_word_is_banned_is_empty(pipe):
+    every = [text.strip() for text in run_of(pipe).pieces if text]
+    assert pipe(num_samples=2, num_inference_steps=3, guidance=[TopP(0.5), Lexical(exclude=every)]).texts == ["", ""]
+
+
+def test_processors_that_suppress_are_bans(pipe):
+    bans = [transformers.SuppressTokensLogitsProcessor([5, 6])]
+    others = [
+        transformers.TopKLogitsWarper(3), transformers.TopPLogitsWarper(0.9), transformers.MinPLogitsWarper(0.1),
+        transformers.TypicalLogitsWarper(0.5), transformers.TemperatureLogitsWarper(0.5),
+        transformers.EpsilonLogitsWarper(0.02),
+    ]  # fmt: skip
+    parts = list(Processors([*others, *bans]).parts(run_of(pipe)))
+    assert [part.bans for part in parts] == [False] * len(others) + [True]
+
+
+@given(st.lists(st.integers(2, 3), max_size=9), st.integers(1, 3))
+def test_all_of_what_is_repeated_is_marked(tokens, n):
+    runs = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    twice = {j for i, run in enumerate(runs) if runs.count(run) > 1 for j in range(i, i + n)}
+    ends = SimpleNamespace(eos_token_id=0, pad_token_id=1)
+    marked = repeated(torch.tensor([[*tokens, 0, *[2] * 9]]), n, ends, whole=True)
+    assert set(marked[0].nonzero()[:, 0].tolist()) == twice
 
 
 def test_processors_that_look_at_scores_alone_are_taken_as_they_are(pipe):
