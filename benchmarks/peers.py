@@ -164,22 +164,68 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
-def flops(size: dict[str, int], vocabulary: int, length: int) -> float:
-    """Multiplications and additions of one evaluation of the denoiser with its posterior mean, for each position."""
+def network_flops(size: dict[str, int], length: int) -> float:
+    """Multiplications and additions of one pass of the denoiser, for each position."""
     W, D = size["width"], size["dim"]
-    blocks = size["depth"] * (2 * 12 * W * W + 4 * length * W)
-    return blocks + 2 * vocabulary * (W + D) + 2 * vocabulary * D + 4 * W * D
+    return size["depth"] * (2 * 12 * W * W + 4 * length * W) + 4 * W * D
+
+
+def flops(size: dict[str, int], vocabulary: int, length: int) -> float:
+    """The same of one evaluation of the denoiser with its posterior mean."""
+    W, D = size["width"], size["dim"]
+    return network_flops(size, length) + 2 * vocabulary * (W + D) + 2 * vocabulary * D
+
+
+def training_flops(size: dict[str, int], vocabulary: int, length: int, self_conditioned: bool = False) -> float:
+    """The same of a step of training: 6 for each weight of a product, which is used forward and twice backward, and
+    attention; before it, with self-conditioning, an evaluation. What is computed again backward doesn't count."""
+    once = network_flops(size, length) + 2 * vocabulary * (size["width"] + size["dim"])
+    return 3 * once + (flops(size, vocabulary, length) if self_conditioned else 0)
+
+
+def waiting(size: dict[str, int], vocabulary: int, length: int, launches: int, machine: Machine) -> float:
+    """Seconds that an autoregressive model takes at least for `length` tokens, whatever the batch: for each it reads
+    its weights, and starts so many things in each layer, one after the other."""
+    weights = size["depth"] * 12 * size["width"] ** 2 + vocabulary * size["width"]
+    return length * (2 * weights / machine.bandwidth + size["depth"] * launches * machine.launch)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What limits everyone. rate, plain_rate: multiplications and additions a second, in the precision that is measured
+    and in fp32; bandwidth: bytes a second; launch: seconds from one small operation to the next."""
+
+    rate: float
+    plain_rate: float
+    bandwidth: float
+    launch: float
+
+    @staticmethod
+    def measured(dtype: torch.dtype, device: torch.device) -> Machine:
+        """This one."""
+        large, small = torch.zeros(2**26, device=device), torch.zeros(1, device=device)
+        return Machine(
+            matrix_rate(dtype, device),
+            matrix_rate(torch.float32, device),
+            2 * large.nbytes / best_seconds(lambda: large.add_(1), device),
+            best_seconds(lambda: [small.add_(1) for _ in range(100)], device) / 100,
+        )
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
     """Multiplications and additions a second of a large matrix product: the best of some."""
     n = 8192 if device.type == "cuda" else 1536
     a, b = torch.randn(n, n, device=device).to(dtype), torch.randn(n, n, device=device).to(dtype)
+    return 2 * n**3 / best_seconds(lambda: a @ b, device)
+
+
+def best_seconds(run: Callable[[], object], device: torch.device) -> float:
+    """The shortest of seven runs."""
     best = math.inf
     for _ in range(7):
         start = time.perf_counter()
-        a @ b
+        run()
         if device.type == "cuda":
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
+    return best

@@ -2,14 +2,16 @@
 
     python benchmarks/speed.py                                          what fits the machine: minutes to hours
     python benchmarks/speed.py --size mini --batch 1 --length 64 --steps 8
+    python benchmarks/speed.py --size base --only ours --only "generate*" --budget 450
 
 Weights are random: speed doesn't depend on them. Every peer makes B texts of exactly L tokens, all of which count, as
 ids; ours may make shorter texts too, so its lengths are not drawn and all of its positions count. Sizes are about 5M,
 30M and 125M parameters (small, medium, base); vocabularies are 8,192 words, or 50,257 for base.
 
 Protocol: each cell is warmed up, then all cells of one size, batch and length take turns, and medians are
-compared, since machines are shared. Cells whose arithmetic alone would take longer than --longest are left out, and
-said to be. `parts` says where a step's time goes; its matrix rate is the best of a large product in the same precision.
+compared, since machines are shared. Cells that would take longer than --longest by arithmetic, memory and launches
+alone are left out, and so is what fails and what --budget has no time for; `left_out` says why. `parts` says where a
+step's time goes; its matrix rate is the best of a large product in the same precision.
 """
 
 from __future__ import annotations
@@ -20,14 +22,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import typer
-from common import generators, write
-from peers import Naive, Tight, flops, generate, matrix_rate
+from common import generators, keep, write
+from peers import Machine, Naive, Tight, flops, generate, waiting
 
 from embdiff import ops, vocabulary
 from embdiff.baselines import MaskedModel
@@ -44,15 +48,27 @@ from embdiff.schedulers import RenoiseScheduler
 VOCABULARY = {"base": 50_257}
 PROMPT = " ".join(f"w{i}" for i in range(16))
 LM_STEPS = 200
+# What transformers starts from Python in a layer for one token, roughly: enough to tell seconds from minutes.
+EAGER, COMPILED = 30, 8
 
 
 class Cell(NamedTuple):
-    """One measured thing. work: arithmetic of a run, as far as it is known; steps: 0 where there are none."""
+    """One measured thing. steps: 0 where there are none; least: seconds that a run takes at least, as far as can be
+    told; make: gives what is run."""
 
     name: str
     steps: int
-    run: Callable[[], object]
-    work: float
+    least: float
+    make: Callable[[], Callable[[], object]]
+
+
+class Times(NamedTuple):
+    """Of some cells. medians: seconds of each that ran; rounds: of which they are taken; left_out: the others, with the
+    reason."""
+
+    medians: list[tuple[Cell, float]]
+    rounds: int
+    left_out: list[tuple[Cell, str]]
 
 
 def main(
@@ -60,48 +76,56 @@ def main(
     batch: list[int] = typer.Option([1, 16, 64], help="Texts at a time."),
     length: list[int] = typer.Option([64, 256, 1024], help="Tokens of a text."),
     steps: list[int] = typer.Option([2, 4, 8, 16, 32], help="Evaluations of ours and of masked diffusion."),
-    only: list[str] = typer.Option([], help="Cells whose names begin so, such as ours and generate; by default all."),
+    only: list[str] = typer.Option([], help="Names of cells; * stands for anything, as in generate*. By default all."),
     rounds: int = typer.Option(5, help="Of which medians are taken."),
-    longest: float = typer.Option(20.0, help="Seconds of arithmetic that a cell may take."),
+    longest: float = typer.Option(20.0, help="Seconds that a cell may take at least, as estimated."),
+    budget: float = typer.Option(math.inf, help="Seconds after which nothing more is begun."),
     compile: bool = typer.Option(True, help="Compile ours, masked diffusion, the tight loop, and the static cache."),
     dtype: str = typer.Option("auto", help="auto, fp32 or bf16; of ours and of the autoregressive models."),
     results: Path = typer.Option(Path("benchmarks/results/speed.json"), help="Where the figures go."),
 ) -> None:
-    """Prints and writes one table, and draws it."""
+    """Writes one table after every size, batch and length, draws it, and prints it in the end."""
+    deadline = time.monotonic() + budget
     quiet()
     reuse_memory()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind = precision(dtype, device)
-    rate, plain_rate = matrix_rate(kind, device), matrix_rate(torch.float32, device)
+    limits = Machine.measured(kind, device)
     figures: dict[str, Any] = {
-        "dtype": str(kind), "compile": compile, "matrix_rate": rate, "matrix_rate_fp32": plain_rate,
-        "cells": [], "parts": [], "left_out": [],
+        "dtype": str(kind), "compile": compile, "matrix_rate": limits.rate, "matrix_rate_fp32": limits.plain_rate,
+        "bandwidth": limits.bandwidth, "launch": limits.launch, "cells": [], "ratios": [], "parts": [],
+        "graphs": [], "left_out": [],
     }  # fmt: skip
-    for name in size:
+    for name, texts, tokens in product(size, batch, length):
+        place: dict[str, Any] = {"size": name, "batch": texts, "length": tokens}
+        if time.monotonic() > deadline:
+            figures["left_out"].append(place | {"reason": "no time left"})
+            continue
         words = VOCABULARY.get(name, 8192)
-        for texts in batch:
-            for tokens in length:
-                pipe = pipeline(name, words, tokens, device, kind, compile)
-                place, cells = {"size": name, "batch": texts, "length": tokens}, list[Cell]()
-                for cell in contestants(pipe, name, words, texts, tokens, steps, kind, compile):
-                    if only and not cell.name.startswith(tuple(only)):
-                        continue
-                    slow = cell.work / (plain_rate if cell.name.startswith(("naive", "diffusion-lm")) else rate)
-                    if slow <= longest:
-                        cells.append(cell)
-                    else:
-                        figures["left_out"].append(place | {"name": cell.name, "steps": cell.steps})
-                medians = timed([cell.run for cell in cells], rounds)
-                for cell, seconds in zip(cells, medians, strict=True):
-                    what = {"name": cell.name, "steps": cell.steps, "seconds": seconds}
-                    figures["cells"].append(place | what | {"tokens_per_second": texts * tokens / seconds})
-                write(results, figures)
-                figures["parts"].append(place | parts(pipe, name, words, texts, tokens, rate, rounds))
-                write(results, figures)
-    figures["ratios"] = ratios(figures["cells"])
-    figures["memory"] = memory()
+        pipe = pipeline(name, words, tokens, device, kind, compile)
+        cells = contestants(pipe, name, words, texts, tokens, steps, kind, compile, limits)
+        times = race([cell for cell in cells if chosen(cell.name, only)], rounds, longest, deadline)
+        for cell, seconds in times.medians:
+            what = {"name": cell.name, "steps": cell.steps, "seconds": seconds, "rounds": times.rounds}
+            figures["cells"].append(place | what | {"tokens_per_second": texts * tokens / seconds})
+        for cell, reason in times.left_out:
+            figures["left_out"].append(place | {"name": cell.name, "steps": cell.steps, "reason": reason})
+        figures["ratios"] = ratios(figures["cells"])
+        figures["graphs"].append(place | graphs(pipe))
+        keep(results, figures)
+        if time.monotonic() < deadline and any(cell.name.startswith("ours") for cell, _ in times.medians):
+            figures["parts"].append(place | parts(pipe, name, words, texts, tokens, limits.rate, rounds))
+            keep(results, figures)
+    if time.monotonic() < deadline:
+        figures["memory"] = memory()
     write(results, figures)
-    draw(figures["cells"], results.with_suffix(".svg"))
+    if figures["cells"]:
+        draw(figures["cells"], results.with_suffix(".svg"))
+
+
+def chosen(name: str, only: list[str]) -> bool:
+    """Whether a cell is among those asked for."""
+    return not only or any(fnmatchcase(name, pattern) for pattern in only)
 
 
 def pipeline(
@@ -133,23 +157,51 @@ def contestants(
     steps: list[int],
     dtype: torch.dtype,
     compile: bool,
+    limits: Machine,
 ) -> Iterator[Cell]:
     """Everything that makes `batch` texts of `length` tokens."""
-    device = pipe.device
-    work = flops(SIZES[size], words, length) * batch * length
-    plain = Denoiser(words, max_length=length, max_prompt_length=16, **SIZES[size]).to(device).eval()
-    prompts = Prompts.tokenized(pipe.tokenizer, [PROMPT] * batch, 16).to(device)
-    masked = MaskedModel(words, SIZES[size]["width"], SIZES[size]["depth"], SIZES[size]["heads"], length)
-    masked = masked.to(device, dtype).eval()
-    if compile:
-        masked.forward = torch.compile(masked.forward)
-    naive, guided = Naive(plain), Naive(plain, prompts, 2.0)
+    device, shape = pipe.device, SIZES[size]
+    work = flops(shape, words, length) * batch * length
+    least, plain_least = work / limits.rate, work / limits.plain_rate
     middle = float(pipe.scheduler.noise_schedule.gamma(0.5))
     guidance = {
         f"CFG in {space}{of}": ClassifierFreeGuidance(2.0, space, max_gamma=highest)
         for space in ("x0", "logits")
         for of, highest in (("", math.inf), (", half of the steps", middle))
     }
+
+    @cache
+    def plain() -> Denoiser:
+        return Denoiser(words, max_length=length, max_prompt_length=16, **shape).to(device).eval()
+
+    @cache
+    def masked() -> MaskedModel:
+        model = MaskedModel(words, shape["width"], shape["depth"], shape["heads"], length).to(device, dtype).eval()
+        if compile:
+            model.forward = torch.compile(model.forward)
+        return model
+
+    def naive(n: int, guided: bool = False, to_nearest: bool = False) -> Callable[[], object]:
+        prompts = Prompts.tokenized(pipe.tokenizer, [PROMPT] * batch, 16).to(device) if guided else None
+        peer = Naive(plain(), prompts, 2.0 if guided else 1.0)
+        return lambda: peer(batch, length, n, to_nearest)
+
+    def unmasking(n: int) -> Callable[[], object]:
+        model = masked()
+        return lambda: model.sample(generators(0, batch), steps=n)
+
+    def gpt(static: bool) -> Callable[[], object]:
+        run = generate(shape, words, length, dtype, device, static)
+        return lambda: run(batch)
+
+    def tight() -> Callable[[], object]:
+        model = Tight(shape, words, length, batch).to(device, dtype).eval()
+        if compile:
+            model.step = torch.compile(model.step, mode="reduce-overhead" if device.type == "cuda" else None)
+        return lambda: model(batch)
+
+    def in_turn(launches: int) -> float:
+        return max(least, waiting(shape, words, length, launches, limits))
 
     def ours(n: int, prompt: str | None = None, **options: Any) -> Callable[[], object]:
         generator = torch.Generator().manual_seed(0)
@@ -160,40 +212,62 @@ def contestants(
         )  # fmt: skip
 
     for n in steps:
-        yield Cell("ours", n, ours(n), n * work)
-        yield Cell("naive", n, lambda n=n: naive(batch, length, n), n * work)
-        yield Cell("masked", n, lambda n=n: masked.sample(generators(0, batch), steps=n), n * work)
-        yield Cell("ours, prompt", n, ours(n, PROMPT), n * work)
+        yield Cell("ours", n, n * least, partial(ours, n))
+        yield Cell("naive", n, n * plain_least, partial(naive, n))
+        yield Cell("masked", n, n * least, partial(unmasking, n))
+        yield Cell("ours, prompt", n, n * least, partial(ours, n, PROMPT))
         for name, module in guidance.items():
-            yield Cell(
-                f"ours, {name}", n, ours(n, PROMPT, guidance=[module]), (1.5 if "half" in name else 2) * n * work
-            )
-        yield Cell("naive, CFG", n, lambda n=n: guided(batch, length, n), 2 * n * work)
-    yield Cell("diffusion-lm", LM_STEPS, lambda: naive(batch, length, LM_STEPS, to_nearest=True), LM_STEPS * work)
-    for static in (False, True) if compile else (False,):
-        gpt = generate(SIZES[size], words, length, dtype, device, static)
-        yield Cell(f"generate, {'static' if static else 'dynamic'} cache", 0, lambda gpt=gpt: gpt(batch), work)
-    tight = Tight(SIZES[size], words, length, batch).to(device, dtype).eval()
+            passes = 1.5 if "half" in name else 2
+            yield Cell(f"ours, {name}", n, passes * n * least, partial(ours, n, PROMPT, guidance=[module]))
+        yield Cell("naive, CFG", n, 2 * n * plain_least, partial(naive, n, True))
+    yield Cell("diffusion-lm", LM_STEPS, LM_STEPS * plain_least, partial(naive, LM_STEPS, False, True))
+    yield Cell("generate, dynamic cache", 0, in_turn(EAGER), partial(gpt, False))
     if compile:
-        tight.step = torch.compile(tight.step, mode="reduce-overhead" if device.type == "cuda" else None)
-    yield Cell("tight", 0, lambda: tight(batch), work)
+        yield Cell("generate, static cache", 0, in_turn(COMPILED), partial(gpt, True))
+    yield Cell("tight", 0, in_turn(1 if compile else EAGER), tight)
+
+
+def race(cells: list[Cell], rounds: int, longest: float, deadline: float) -> Times:
+    """Times those that may run and can: each twice to warm up, for at the second time a graph is recorded; then in
+    turns."""
+    ready, left_out = list[tuple[Cell, Callable[[], object]]](), list[tuple[Cell, str]]()
+    for cell in cells:
+        if cell.least > longest:
+            left_out.append((cell, f"would take {cell.least:.0f} s at least"))
+        elif time.monotonic() > deadline:
+            left_out.append((cell, "no time left"))
+        else:
+            try:
+                run = cell.make()
+                run()
+                run()
+            except Exception as error:  # it costs its own figures alone
+                left_out.append((cell, " ".join(f"{type(error).__name__}: {error}".split())[:200]))
+            else:
+                ready.append((cell, run))
+    turns = list[list[float]]()
+    while len(turns) < rounds and ready and not (turns and time.monotonic() > deadline):
+        turns.append([seconds_of(run) for _, run in ready])
+    medians = [statistics.median(column) for column in zip(*turns, strict=True)]
+    return Times([(cell, median) for (cell, _), median in zip(ready, medians, strict=True)], len(turns), left_out)
 
 
 def timed(runs: list[Callable[[], object]], rounds: int) -> list[float]:
     """Median seconds of each; they take turns, after two runs each to warm up."""
-
-    def seconds(run: Callable[[], object]) -> float:
-        start = time.perf_counter()
-        run()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    for run in runs:  # twice: at the second time a graph is recorded
+    for run in runs:
         run()
         run()
-    turns = [[seconds(run) for run in runs] for _ in range(rounds)]
+    turns = [[seconds_of(run) for run in runs] for _ in range(rounds)]
     return [statistics.median(column) for column in zip(*turns, strict=True)]
+
+
+def seconds_of(run: Callable[[], object]) -> float:
+    """Of one run, until the device is done too."""
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 @torch.no_grad()
@@ -233,10 +307,20 @@ def parts(
     }  # fmt: skip
 
 
+def graphs(pipe: TextDiffusionPipeline) -> dict[str, int]:
+    """How many loops there are, and how many of them as graphs: the others run launch by launch. {} without a GPU."""
+    if pipe._loops is None:
+        return {}
+    loops = pipe._loops.kept.values()
+    return {"loops": len(loops), "recorded": sum(loop.graph is not None for loop in loops)}
+
+
 def recorded(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
     """On a GPU the run as a graph, as it is part of one in the loop: launched singly, it would wait for Python."""
     if device.type != "cuda":
         return run
+    from embdiff.loop import forget_workspaces
+
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # what is made at a first run, and compiled, is made before
@@ -244,8 +328,10 @@ def recorded(run: Callable[[], object], device: torch.device) -> Callable[[], ob
             run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
+    forget_workspaces()
     with torch.cuda.graph(graph, stream=side):
         run()
+    forget_workspaces()
     return graph.replay
 
 
@@ -299,8 +385,10 @@ def draw(cells: list[dict[str, Any]], path: Path) -> None:
     """Tokens a second against steps and against length, for the largest network, one text at a time."""
     import matplotlib.pyplot as plt
 
-    size, batch = cells[-1]["size"], min(cell["batch"] for cell in cells)
-    mine = [cell for cell in cells if cell["size"] == size and cell["batch"] == batch and "CFG" not in cell["name"]]
+    size = cells[-1]["size"]
+    batch = min(cell["batch"] for cell in cells if cell["size"] == size)
+    mine = [cell for cell in cells if cell["size"] == size and cell["batch"] == batch]
+    mine = [cell for cell in mine if "CFG" not in cell["name"]] or mine
     shortest = min(cell["length"] for cell in mine)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     for name in dict.fromkeys(cell["name"] for cell in mine):

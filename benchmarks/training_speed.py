@@ -48,7 +48,7 @@ def main(
     window = Window.fitting(texts, TrainConfig().window)
     torch.manual_seed(0)
     model = Denoiser(len(tokenizer), max_length=length, **SIZES[size]).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
     dtype = ops.fast_dtype(device.type)
     network = losses.Network(compiled(model, print), model.encode_context)
 

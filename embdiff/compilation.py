@@ -46,7 +46,7 @@ def compiled(
 
     def attempt(*args: Any, **kwargs: Any) -> Any:
         try:
-            with warnings.catch_warnings(), packing() if pack else nullcontext():
+            with warnings.catch_warnings(), many_shapes(), packing() if pack else nullcontext():
                 warnings.simplefilter("ignore")
                 return state["call"](*args, **kwargs)
         except Exception as error:
@@ -110,6 +110,17 @@ def versions(module: nn.Module) -> tuple[tuple[int, int], ...]:
     """Tells whether weights were changed, or moved, or replaced. Those made in inference mode can't be told about."""
     tensors = chain(module.parameters(), module.buffers())
     return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+
+
+MOST_SHAPES = 64
+
+
+def many_shapes() -> Any:
+    """Where a pass may be compiled for so many shapes: beyond torch's own 8 it would go on uncompiled, in silence."""
+    from torch._dynamo import config
+
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    return config.patch({name: MOST_SHAPES})
 
 
 def packing() -> Any:

@@ -309,8 +309,9 @@ class Block(nn.Module):
         a = a if places is None else places.gather(a)
         x = x + self._dropped((1 + gate_a) * self.attention_out(a))
 
-        m = F.relu(self.mlp_in(modulate(x, shift_m, scale_m))).square()
-        return x + self._dropped((1 + gate_m) * self.mlp_out(m)), k, v
+        m = F.relu(self.mlp_in(modulate(x, shift_m, scale_m)))
+        # A product, for autocast takes powers in fp32 on a GPU.
+        return x + self._dropped((1 + gate_m) * self.mlp_out(m * m)), k, v
 
     def _dropped(self, x: Tensor) -> Tensor:
         active = self.training and torch.is_grad_enabled() and self.dropout > 0
@@ -347,8 +348,8 @@ def through_blocks(
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """x over its root mean square along the last axis."""
-    return F.rms_norm(x, (x.shape[-1],), eps=1e-6)
+    """x over its root mean square along the last axis, in the type of x also where autocast takes norms in fp32."""
+    return F.rms_norm(x, (x.shape[-1],), eps=1e-6).to(x.dtype)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

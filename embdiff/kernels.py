@@ -9,6 +9,9 @@ leave most of a GPU idle at small batches, so the vocabulary is split as well an
     parts   grid (rows, parts): the largest logit, sum exp(logit - largest), sum exp(..) E       of each part
     step    grid (rows): merges them, combines the branches, decides lengths, applies equation (3) of the solver's row
 
+The first is bound by memory where rows are few and by arithmetic where they are many, so its tiles grow with R; the
+second moves numbers about and multiplies nothing, so its tiles are thin, and even 64 rows keep 16 programs busy.
+
 Logits are never written anywhere. Noise is Philox's (Salmon et al. 2011), of a sample's seed, the step, and the place
 in the sample: `normal` gives the same numbers to whoever steps otherwise. Each kernel equals a reference in torch
 (`ops.expectation_reference`, `Predictor`, `schedulers.table.advance`); the tests compare them under Triton's
@@ -31,7 +34,38 @@ from embdiff.ops import Posterior
 
 P = ParamSpec("P")
 T = TypeVar("T")
-ROWS, WORDS, FEATURES = 32, 64, 64  # the tile of logits, and how many features are multiplied at a time
+MERGED = 16  # parts whose sums are loaded at a time, at most
+
+
+class Tile(NamedTuple):
+    """How products are cut up.
+
+    rows, words: of a tile of logits; features: multiplied at a time; warps, stages: of Triton's launch; programs: that
+    a multiprocessor holds at a time.
+    """
+
+    rows: int
+    words: int
+    features: int
+    warps: int
+    stages: int
+    programs: int
+
+
+def tile(rows: int, dtype: torch.dtype) -> Tile:
+    """For so many rows. In fp32 numbers take twice the memory and a product takes three: small tiles for all."""
+    if dtype is torch.float32:
+        return Tile(32 if rows <= 32 else 64, 32, 32, 4, 3, 2)
+    if rows <= 32:
+        return Tile(32, 64, 64, 4, 4, 2)
+    if rows < 512:
+        return Tile(64, 64, 64, 4, 4, 2)
+    return Tile(128, 128, 64, 8, 3, 1)
+
+
+def thin(device: torch.device) -> int:
+    """Rows of a tile without products. Interpreted, each program costs as much as its arithmetic."""
+    return 4 if device.type == "cuda" else 32
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
@@ -83,8 +117,9 @@ def expectation(h: Tensor, weight: Tensor, table: Tensor, temperature: float, ke
     mean = torch.empty((len(rows), table.shape[1]), device=h.device)
     kept = torch.empty((len(rows), len(keep)), device=h.device)
     S, R, D = found.sums.shape
+    ROWS = thin(h.device)
     _merge[(triton.cdiv(R, ROWS),)](
-        *found, mean, kept, R, S, D=D, K=len(keep), ROWS=ROWS, WIDTH=_width(D)
+        *found, mean, kept, R, S, D=D, K=len(keep), ROWS=ROWS, WIDTH=_width(D), **_merging(S)
     )  # fmt: skip
     return Posterior(mean.view(*h.shape[:-1], D), kept.view(*h.shape[:-1], len(keep)))
 
@@ -93,15 +128,17 @@ def expectation(h: Tensor, weight: Tensor, table: Tensor, temperature: float, ke
 def parts(rows: Tensor, weight: Tensor, table: Tensor, temperature: float, keep: Tensor) -> Parts:
     """The first kernel. rows: [R, H]; weight: [V, H], table: [V, D], best in the rows' precision; keep: [K]."""
     (R, H), (V, D) = rows.shape, table.shape
-    S = splits(R, V, rows.device)
+    of = tile(R, rows.dtype)
+    S = splits(R, V, of, rows.device)
     top, tempered, plain = (torch.empty((S, R), device=rows.device) for _ in range(3))
     sums, kept = torch.empty((S, R, D), device=rows.device), torch.empty((R, len(keep)), device=rows.device)
     found = Parts(top, tempered, plain, sums, kept, 1 / temperature)
-    _parts[(triton.cdiv(R, ROWS), S)](
+    _parts[(triton.cdiv(R, of.rows), S)](
         rows.contiguous(), weight.to(rows.dtype).contiguous(), table.to(rows.dtype).contiguous(), keep, *found,
-        R, V, triton.cdiv(triton.cdiv(V, WORDS), S) * WORDS,
+        R, V, triton.cdiv(triton.cdiv(V, of.words), S) * of.words,
         H=H, D=D, K=len(keep), TEMPERED=temperature != 1.0,
-        ROWS=ROWS, WORDS=WORDS, FEATURES=FEATURES, WIDTH=_width(D), PRECISION=precision(),
+        ROWS=of.rows, WORDS=of.words, FEATURES=of.features, WIDTH=_width(D), PRECISION=precision(rows.device),
+        num_warps=of.warps, num_stages=of.stages,
     )  # fmt: skip
     return found
 
@@ -130,10 +167,11 @@ def step(
     """
     B, L, D = z.shape
     S, R = found.top.shape
+    ROWS = thin(z.device)
     _step[(triton.cdiv(B * L, ROWS),)](
         *found, z, *history, row, *lengths, seeds, z_next, x0, B * L, R, S, L, max(draw, 0),
         1.0 if scale is None else scale,
-        D=D, GUIDED=scale is not None, NOISY=draw >= 0, ROWS=ROWS, WIDTH=_width(D),
+        D=D, GUIDED=scale is not None, NOISY=draw >= 0, ROWS=ROWS, WIDTH=_width(D), **_merging(S),
     )  # fmt: skip
 
 
@@ -142,6 +180,7 @@ def normal(seeds: Tensor, draw: int, length: int, dim: int) -> Tensor:
     """eps [B, L, D] ~ N(0, I) of seeds [B] int64, 0 to 2^63 - 1: the draw of this number, 0 to 2^31 / (L D) - 1."""
     B = len(seeds)
     eps = torch.empty((B, length, dim), device=seeds.device)
+    ROWS = thin(seeds.device)
     _normal[(triton.cdiv(B * length, ROWS),)](
         seeds, eps, B * length, length, draw, D=dim, ROWS=ROWS, WIDTH=_width(dim)
     )  # fmt: skip
@@ -153,22 +192,24 @@ def argmax(h: Tensor, weight: Tensor) -> Tensor:
     """`ops.argmax`."""
     rows = h.reshape(-1, h.shape[-1])
     (R, H), V = rows.shape, len(weight)
-    S = splits(R, V, h.device)
+    of = tile(R, h.dtype)
+    S = splits(R, V, of, h.device)
     top = torch.empty((S, R), device=h.device)
     index = torch.empty((S, R), device=h.device, dtype=torch.int64)
-    _argmax[(triton.cdiv(R, ROWS), S)](
+    _argmax[(triton.cdiv(R, of.rows), S)](
         rows.contiguous(), weight.to(h.dtype).contiguous(), top, index,
-        R, V, triton.cdiv(triton.cdiv(V, WORDS), S) * WORDS,
-        H=H, ROWS=ROWS, WORDS=WORDS, FEATURES=FEATURES, PRECISION=precision(),
+        R, V, triton.cdiv(triton.cdiv(V, of.words), S) * of.words,
+        H=H, ROWS=of.rows, WORDS=of.words, FEATURES=of.features, PRECISION=precision(h.device),
+        num_warps=of.warps, num_stages=of.stages,
     )  # fmt: skip
     return index.gather(0, top.argmax(0, keepdim=True))[0].view(h.shape[:-1])
 
 
-def splits(rows: int, vocabulary: int, device: torch.device) -> int:
-    """Parts of the vocabulary: enough for two programs on each multiprocessor, each with four tiles at least."""
-    tiles = -(-vocabulary // WORDS)
-    wanted = -(-2 * _processors(device) // max(1, -(-rows // ROWS)))
-    return max(1, min(wanted, tiles // 4, 64))
+def splits(rows: int, vocabulary: int, of: Tile, device: torch.device) -> int:
+    """Parts of the vocabulary: as many as keep the whole GPU busy at once, of two tiles at least, and all alike."""
+    tiles, processors = -(-vocabulary // of.words), _processors(device)
+    wanted = min(of.programs * processors // max(1, -(-rows // of.rows)), processors, tiles // 2)
+    return -(-tiles // -(-tiles // max(1, wanted)))
 
 
 @lru_cache(maxsize=4)
@@ -176,11 +217,29 @@ def _processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 4
 
 
-def precision() -> str:
-    """Of products of fp32 numbers; bf16 has only one."""
+def precision(device: torch.device) -> str:
+    """Of products of fp32 numbers; bf16 has only one.
+
+    "ieee" goes without matrix units: three products in tf32 of a number's two halves are many times as fast and nearly
+    as exact.
+    """
     matmul = torch.backends.cuda.matmul
     newer = getattr(matmul, "fp32_precision", None)  # where it exists, reading the older setting may raise
-    return "tf32" if (matmul.allow_tf32 if newer is None else newer == "tf32") else "ieee"
+    if matmul.allow_tf32 if newer is None else newer == "tf32":
+        return "tf32"
+    return "tf32x3" if _has_tf32(device) else "ieee"
+
+
+@lru_cache(maxsize=4)
+def _has_tf32(device: torch.device) -> bool:
+    nvidia = device.type == "cuda" and torch.version.cuda is not None
+    return nvidia and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _merging(parts: int) -> dict[str, int]:
+    """The sizes, powers of two, of what is loaded at once: maxima of all parts, sums of some."""
+    whole = int(triton.next_power_of_2(parts))
+    return {"PARTS": whole, "MERGED": min(MERGED, whole)}
 
 
 def _width(dim: int) -> int:
@@ -195,12 +254,18 @@ def _width(dim: int) -> int:
 @triton.jit
 def _logits(h, weight, rows, words, R, V, H: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
             FEATURES: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """A tile [ROWS, WORDS] of h weight^T."""
+    """A tile [ROWS, WORDS] of h weight^T; beyond R and V something that nobody may read."""
     x = tl.zeros((ROWS, WORDS), tl.float32)
+    a_at = h + tl.where(rows < R, rows, 0)[:, None] * H
+    b_at = weight + tl.where(words < V, words, 0)[None, :] * H
     for start in range(0, H, FEATURES):
         k = start + tl.arange(0, FEATURES)
-        a = tl.load(h + rows[:, None] * H + k[None, :], mask=(rows[:, None] < R) & (k[None, :] < H), other=0.0)
-        b = tl.load(weight + words[None, :] * H + k[:, None], mask=(words[None, :] < V) & (k[:, None] < H), other=0.0)
+        if H % FEATURES == 0:
+            a = tl.load(a_at + k[None, :])
+            b = tl.load(b_at + k[:, None])
+        else:
+            a = tl.load(a_at + k[None, :], mask=k[None, :] < H, other=0.0)
+            b = tl.load(b_at + k[:, None], mask=k[:, None] < H, other=0.0)
         x = tl.dot(a, b, x, input_precision=PRECISION)
     return x
 
@@ -248,24 +313,30 @@ def _parts(h, weight, table, keep, top, tempered, plain, sums, kept, coldness, R
 
 @triton.jit
 def _merged(top, tempered, plain, sums, kept, coldness, rows, R, S, D: tl.constexpr, K: tl.constexpr,
-            ROWS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+            ROWS: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, MERGED: tl.constexpr):  # fmt: skip
     """Of some rows: the mean embedding of words [ROWS, WIDTH], and the probabilities of two kept tokens [ROWS]."""
     d = tl.arange(0, WIDTH)
     real = rows < R
-    best = tl.full((ROWS,), float("-inf"), tl.float32)
-    for s in range(S):
-        best = tl.maximum(best, tl.load(top + s * R + rows, mask=real, other=0.0))
-    cold = tl.zeros((ROWS,), tl.float32)
-    warm = tl.zeros((ROWS,), tl.float32)
+    s = tl.arange(0, PARTS)
+    at = s[:, None] * R + rows[None, :]
+    inside = (s[:, None] < S) & real[None, :]
+    tops = tl.load(top + at, mask=inside, other=float("-inf"))
+    best = tl.where(real, tl.max(tops, 0), 0.0)
+    below = tops - best[None, :]
+    cold = tl.sum(tl.load(tempered + at, mask=inside, other=0.0) * tl.exp(below * coldness), 0)
+    warm = tl.sum(tl.load(plain + at, mask=inside, other=0.0) * tl.exp(below), 0)
     total = tl.zeros((ROWS, WIDTH), tl.float32)
-    for s in range(S):
-        at = s * R + rows
-        below = tl.load(top + at, mask=real, other=0.0) - best
-        weight = tl.exp(below * coldness)
-        cold += tl.load(tempered + at, mask=real, other=1.0) * weight
-        warm += tl.load(plain + at, mask=real, other=1.0) * tl.exp(below)
-        inside = real[:, None] & (d[None, :] < D)
-        total += tl.load(sums + at[:, None] * D + d[None, :], mask=inside, other=0.0) * weight[:, None]
+    # Several parts at a time, since one load after the other would take longer than all else.
+    for begin in range(0, S, MERGED):
+        part = begin + tl.arange(0, MERGED)
+        here = part[:, None] * R + rows[None, :]
+        there = (part[:, None] < S) & real[None, :]
+        weight = tl.exp((tl.load(top + here, mask=there, other=float("-inf")) - best[None, :]) * coldness)
+        e = tl.load(
+            sums + here[:, :, None] * D + d[None, None, :], mask=there[:, :, None] & (d[None, None, :] < D), other=0.0
+        )
+        total += tl.sum(e * weight[:, :, None], 0)
+    cold, warm = tl.where(real, cold, 1.0), tl.where(real, warm, 1.0)
     mean = total / cold[:, None]
     first = tl.full((ROWS,), float("-inf"), tl.float32)
     second = first
@@ -282,10 +353,10 @@ def _merged(top, tempered, plain, sums, kept, coldness, rows, R, S, D: tl.conste
 
 @triton.jit
 def _merge(top, tempered, plain, sums, kept, coldness, mean, p, R, S, D: tl.constexpr, K: tl.constexpr,
-           ROWS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+           ROWS: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, MERGED: tl.constexpr):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, WIDTH)
-    m, first, second = _merged(top, tempered, plain, sums, kept, coldness, rows, R, S, D, K, ROWS, WIDTH)
+    m, first, second = _merged(top, tempered, plain, sums, kept, coldness, rows, R, S, D, K, ROWS, WIDTH, PARTS, MERGED)
     tl.store(mean + rows[:, None] * D + d[None, :], m, mask=(rows[:, None] < R) & (d[None, :] < D))
     if K > 0:
         tl.store(p + rows * K, first, mask=rows < R)
@@ -313,15 +384,15 @@ def _normal(seeds, eps, R, L, draw, D: tl.constexpr, ROWS: tl.constexpr,
 @triton.jit(do_not_specialize=["draw"])
 def _step(top, tempered, plain, sums, kept, coldness, z, before, before_that, row, quantile, embeddings, seeds, z_next,
           x0, rows_of_main, R, S, L, draw, scale, D: tl.constexpr, GUIDED: tl.constexpr, NOISY: tl.constexpr,
-          ROWS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+          ROWS: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, MERGED: tl.constexpr):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     real = rows < rows_of_main
     d = tl.arange(0, WIDTH)
     # A tile that reaches beyond the main rows reads the other branch's there, and writes nothing of it.
-    mean, pad, end = _merged(top, tempered, plain, sums, kept, coldness, rows, R, S, D, 2, ROWS, WIDTH)
+    mean, pad, end = _merged(top, tempered, plain, sums, kept, coldness, rows, R, S, D, 2, ROWS, WIDTH, PARTS, MERGED)
     if GUIDED:
         other, other_pad, other_end = _merged(
-            top, tempered, plain, sums, kept, coldness, rows_of_main + rows, R, S, D, 2, ROWS, WIDTH
+            top, tempered, plain, sums, kept, coldness, rows_of_main + rows, R, S, D, 2, ROWS, WIDTH, PARTS, MERGED
         )
         mean = other + scale * (mean - other)
         pad = tl.minimum(tl.maximum(other_pad + scale * (pad - other_pad), 0.0), 1.0)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from itertools import chain
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from embdiff import kernels
 from embdiff.denoiser import Context
+from embdiff.errors import reason
 from embdiff.guidance.base import Branch
 from embdiff.prediction import Plan, Predictor
 from embdiff.schedulers.table import Row
@@ -34,23 +36,32 @@ MOST_GRAPHS = 8  # that are kept: each holds the activations of its steps
 class Inputs(NamedTuple):
     """What differs from batch to batch, or is made of weights.
 
-    seeds: [B] int64; quantile: [B] in (0, 1); weight: of the output, [V, W + D]; table: E [V, D]; contexts: of each
-    plan.
+    weight: of the output, [V, W + D]; table: E [V, D], both in the denoiser's precision, made anew when weights change;
+    ends: [2, D] fp32, embeddings of padding and the end of text; seeds: [B] int64; quantile: [B] in (0, 1);
+    contexts: of each plan.
     """
 
-    seeds: Tensor
-    quantile: Tensor
     weight: Tensor
     table: Tensor
+    ends: Tensor
+    seeds: Tensor
+    quantile: Tensor
     contexts: list[Context | None]
 
     def tensors(self) -> list[Tensor]:
-        """All of them, in a fixed order."""
+        """All of them, in a fixed order; the first two are made of weights alone."""
         return [*self[:-1], *(t for context in self.contexts for t in context or ())]
+
+    def own(self) -> Inputs:
+        """Copies of all but the tables, which are large and seldom change."""
+        contexts = [c and Context(*(t.clone() for t in c)) for c in self.contexts]
+        return Inputs(self.weight, self.table, self.ends.clone(), self.seeds.clone(), self.quantile.clone(), contexts)
 
     def padded(self, count: int) -> Inputs:
         """With further samples, whose texts nobody reads."""
         B = len(self.seeds)
+        if count == B:
+            return self
 
         def wide(tensor: Tensor, dim: int) -> Tensor:
             by_branch = tensor.view(*tensor.shape[:dim], -1, B, *tensor.shape[dim + 1 :])
@@ -67,7 +78,7 @@ class Loop:
         predictor: what is predicted at each step; see `fits`.
         rows: the solver's table, N rows. gammas: their noise levels.
         ends: ids of padding and the end of text.
-        inputs: of the first batch, which tell the shapes; they are kept, and overwritten by those of later ones.
+        inputs: of the first batch, which tell the shapes; copies are kept, and overwritten by those of later ones.
         noise_scale: of all noise.
     """
 
@@ -81,7 +92,7 @@ class Loop:
         noise_scale: float = 1.0,
     ) -> None:
         self.noise_scale = noise_scale
-        self.call, self.temperature, self.inputs = predictor.network.call, predictor.temperature, inputs
+        self.call, self.temperature = predictor.network.call, predictor.temperature
         self.length, self.dim = predictor.run.length, predictor.denoiser.dim
         plans, self.plan_of_step = distinct(predictor, gammas)
         self.branches = [plan.branches for plan in plans]
@@ -90,21 +101,34 @@ class Loop:
         self.rows = [Row(first.a, first.b + first.c + first.d, s=first.s), *others]
         device, odds = inputs.seeds.device, math.exp(predictor.length_bias)
         drawn = [predictor.quantile is not None and gamma > predictor.draw_above for gamma in gammas]
-        self.numbers = torch.tensor(
-            [[*row, float(draws), odds, 0.0] for row, draws in zip(self.rows, drawn, strict=True)], device=device
-        )
-        self.levels = torch.tensor(gammas, device=device)
-        self.ends = torch.tensor(ends, device=device)
+        with torch.inference_mode(False), torch.no_grad():  # else only runs in inference mode could overwrite them
+            self.inputs = inputs.own()
+            self.numbers = torch.tensor(
+                [[*row, float(draws), odds, 0.0] for row, draws in zip(self.rows, drawn, strict=True)], device=device
+            )
+            self.levels = torch.tensor(gammas, device=device)
+            self.ends = torch.tensor(ends, device=device)
+        self.shown = [weakref.ref(inputs.weight), weakref.ref(inputs.table)]
         self.graph: Any = None
+        self.recordable = True
 
     def __call__(self, inputs: Inputs) -> Tensor:
         """z [B, L, D] after the last step; the next call overwrites it."""
-        for place, value in zip(self.inputs.tensors(), inputs.tensors(), strict=True):
-            place.copy_(value)
+        self._take(inputs)
         if self.graph is None:
             return self._steps()
         self.graph.replay()
         return self.found
+
+    def _take(self, inputs: Inputs) -> None:
+        """Copies them to the places that are read; the tables only where they aren't those of the last time."""
+        places, values = self.inputs.tensors(), inputs.tensors()
+        for i, (shown, table) in enumerate(zip(self.shown, values, strict=False)):
+            if shown() is not table:
+                places[i].copy_(table)
+                self.shown[i] = weakref.ref(table)
+        for place, value in zip(places[len(self.shown) :], values[len(self.shown) :], strict=True):
+            place.copy_(value)
 
     def record(self, stream: Any, pool: Any) -> None:
         """Records the steps, after a run on that stream for libraries to choose their kernels."""
@@ -113,18 +137,23 @@ class Loop:
             self._steps()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
-            self.found = self._steps()
-        self.graph = graph
+        forget_workspaces()
+        # The outer one goes back to this stream also where the end of a recording fails.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+        ):
+            found = self._steps()
+        forget_workspaces()
+        self.graph, self.found = graph, found
 
     def _steps(self) -> Tensor:
-        lengths = kernels.Lengths(self.inputs.quantile, self.inputs.table[self.ends])
-        table = self.inputs.table.to(self.inputs.weight.dtype)  # here, so that it is done once
+        lengths = kernels.Lengths(self.inputs.quantile, self.inputs.ends)
         z = self.noise_scale * kernels.normal(self.inputs.seeds, 0, self.length, self.dim)
         before = before_that = nothing = torch.zeros_like(z)
         draw = 1
         for i, row in enumerate(self.rows):
-            found, scale = self._parts(z, i, table, before, nothing)
+            found, scale = self._parts(z, i, before, nothing)
             z_next, x0 = torch.empty_like(z), torch.empty_like(z)
             kernels.step(
                 found, z, (before, before_that), self.numbers[i], lengths, self.inputs.seeds, draw if row.s else -1,
@@ -134,21 +163,20 @@ class Loop:
             z, before, before_that = z_next, x0, before if i else x0
         return z
 
-    def _parts(
-        self, z: Tensor, i: int, table: Tensor, last: Tensor, nothing: Tensor
-    ) -> tuple[kernels.Parts, float | None]:
+    def _parts(self, z: Tensor, i: int, last: Tensor, nothing: Tensor) -> tuple[kernels.Parts, float | None]:
         """The posterior of a step under all its branches, and their scale where they are combined afterwards."""
         plan = self.plan_of_step[i]
         given = [last, *(last if branch.self_conditioned else nothing for branch in self.branches[plan])]
         level = self.levels[i].expand(len(given) * len(z))
-        h: Tensor = self.call(torch.cat([z] * len(given)), level, self.inputs.contexts[plan], torch.cat(given))
+        h: Tensor = self.call(together([z] * len(given)), level, self.inputs.contexts[plan], together(given))
         scale = None
         for branch in self.branches[plan]:
             if branch.space == "logits":
                 h = branch.combine(*h.chunk(2))
             else:
                 scale = branch.scale
-        return kernels.parts(h.flatten(0, 1), self.inputs.weight, table, self.temperature, self.ends), scale
+        weight, table = self.inputs.weight, self.inputs.table
+        return kernels.parts(h.flatten(0, 1), weight, table, self.temperature, self.ends), scale
 
 
 class Loops:
@@ -182,11 +210,11 @@ class Loops:
             quantile = predictor.quantile.flatten().float()
         contexts = [plan.context and plan.context.widened(-(-plan.context.mask.shape[1] // 16) * 16) for plan in plans]
         denoiser = predictor.denoiser
-        inputs = Inputs(seeds, quantile, predictor.outputs[denoiser].weight, predictor.table, contexts).padded(
-            bucket(B)
-        )
+        weight, table, rounded = predictor.outputs[denoiser]
+        ending = torch.stack([table[token] for token in ends])  # by a list it would copy the numbers to the device
+        inputs = Inputs(weight, rounded, ending, seeds, quantile, contexts).padded(bucket(B))
         key = (
-            id(predictor.network.call), denoiser.dtype, kernels.precision(), predictor.run.length,
+            id(predictor.network.call), denoiser.dtype, kernels.precision(device), predictor.run.length,
             predictor.temperature, predictor.length_bias, predictor.quantile is None, predictor.draw_above,
             tuple(rows), tuple(gammas), ends, tuple(of_step), noise_scale,
             tuple(tuple(map(way, plan.branches)) for plan in plans),
@@ -198,20 +226,42 @@ class Loops:
                 while len(self.kept) >= self.most:
                     self.kept.popitem(last=False)
                 self.kept[key] = Loop(predictor, rows, gammas, ends, inputs, noise_scale)
-            elif self.kept[key].graph is None and device.type == "cuda" and self.recording:
+            elif device.type == "cuda":
                 self._record(self.kept[key])
             self.kept.move_to_end(key)
             return self.kept[key](inputs)[:B].clone()
 
     def _record(self, loop: Loop) -> None:
-        if self.pool is None:
-            self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
+        """Records a loop that wasn't, if it can be: where one runs out of memory others may fit, but no other failure
+        is tried for again."""
+        if loop.graph is not None or not (self.recording and loop.recordable):
+            return
         try:
+            if self.pool is None:
+                self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
             loop.record(self.stream, self.pool)
         except RuntimeError as error:
-            self.recording = False
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            warnings.warn(f"no CUDA graph ({reason}): going on launch by launch, which is slower", stacklevel=4)
+            # The end of a recording may fail after its middle, with another error.
+            full = any(isinstance(e, torch.OutOfMemoryError) for e in (error, error.__context__))
+            self.recording, loop.recordable = full and self.recording, False
+            cause = "out of memory: a smaller batch or max_length would fit" if full else reason(error)
+            warnings.warn(f"no CUDA graph ({cause}): going on launch by launch, which is slower", stacklevel=4)
+
+
+def forget_workspaces() -> None:
+    """Gives back the memory that cuBLAS took for its products, so that it takes other memory at the next.
+
+    Around a recording it would else write where it did before, which others have got meanwhile; taken while recording,
+    it is the graphs' own. `torch._inductor.cudagraph_trees` does the same.
+    """
+    forget = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if forget is not None:
+        forget()
+
+
+def together(tensors: list[Tensor]) -> Tensor:
+    """One after the other along the batch; one alone as it is."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 def bucket(count: int) -> int:

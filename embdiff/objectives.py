@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from embdiff.config import TrainConfig
+
+T = TypeVar("T")
 
 
 class Objective:
@@ -119,13 +121,13 @@ class Diffusion(Objective):
         batch = self.mixture.apply(batch, generator)
         noise = generator.standard_normal((*batch.ids.shape, self.model.dim), dtype=np.float32)
         weight = share(batch.target(), mine)
-        batch = batch.take(mine).to(device)
-        gamma = torch.from_numpy(self.fit.schedule.gamma(t[mine])).float().to(device)
-        eps = torch.from_numpy(noise[mine]).to(device)
+        batch = sent(batch.take(mine), device)
+        gamma = sent(torch.from_numpy(self.fit.schedule.gamma(t[mine])).float(), device)
+        eps = sent(torch.from_numpy(noise[mine]), device)
         if config.objective == "ce":
             loss = losses.cross_entropy(self.model, batch, gamma, eps, self_condition, self.network)
         else:
-            density = torch.from_numpy(1 / self.fit.schedule.derivative(t[mine])).float().to(device)
+            density = sent(torch.from_numpy(1 / self.fit.schedule.derivative(t[mine])).float(), device)
             bounded = losses.variational_loss if config.objective == "vlb" else losses.mixed_loss
             loss = bounded(self.model, batch, gamma, eps, self_condition, density, self.network)
         if batch.ids.shape[1] == config.max_length:
@@ -249,7 +251,7 @@ class Autoregressive(BaselineObjective):
         # Up to the longest text, in quarters of the full length, since each width is compiled apart.
         quarter = -(-batch.ids.shape[1] // 4)
         width = quarter * -(-int(charged[mine].sum(1).max()) // quarter)
-        batch = replace(batch, ids=batch.ids[:, :width]).to(self.accelerator.device)
+        batch = sent(replace(batch, ids=batch.ids[:, :width]), self.accelerator.device)
         return -self.model.log_probs(batch, self.network).sum() / charged[mine].sum(), weight
 
     @torch.no_grad()
@@ -278,8 +280,8 @@ class Masked(BaselineObjective):
         batch = self.mixture.apply(batch, generator)
         quantiles = generator.random(batch.ids.shape, dtype=np.float32)
         weight = share(batch.target(), mine)
-        batch = batch.take(mine).to(device)
-        times, numbers = (torch.from_numpy(x[mine]).float().to(device) for x in (t, quantiles))
+        batch = sent(batch.take(mine), device)
+        times, numbers = (sent(torch.from_numpy(x[mine]).float(), device) for x in (t, quantiles))
         return self.model.loss(batch, times, numbers, self.network), weight
 
     def nats(self, batch: Batch, generator: torch.Generator) -> Tensor:
@@ -290,6 +292,17 @@ class Masked(BaselineObjective):
 OBJECTIVES: dict[str, type[Objective]] = {
     "ce": Diffusion, "vlb": Diffusion, "mixed": Diffusion, "autoregressive": Autoregressive, "masked": Masked,
 }  # fmt: skip
+
+
+def sent(value: T, device: torch.device) -> T:
+    """A tensor, or a dataclass with all its tensors, on a device; copied to a GPU without waiting for it."""
+    if isinstance(value, Tensor):
+        pinned = value.pin_memory() if device.type == "cuda" and value.device.type == "cpu" else value
+        return cast(T, pinned.to(device, non_blocking=pinned is not value))
+    if is_dataclass(value) and not isinstance(value, type):
+        moved = {field.name: sent(getattr(value, field.name), device) for field in fields(value)}
+        return cast(T, replace(cast(Any, value), **moved))
+    return value
 
 
 def strata(batch: Batch, generator: np.random.Generator) -> NDArray[np.float64]:

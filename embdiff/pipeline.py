@@ -25,7 +25,7 @@ from embdiff import baselines, vocabulary
 from embdiff.checkpoint import CLASSIFIERS, classifier_folder
 from embdiff.compilation import Forward
 from embdiff.denoiser import Denoiser
-from embdiff.errors import UserError
+from embdiff.errors import UserError, reason
 from embdiff.guidance import ClassifierFreeGuidance, Guidance
 from embdiff.guidance.base import Run
 from embdiff.guidance.classifier import NoisyClassifier
@@ -193,28 +193,30 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
             raise UserError(f"output_type {output_type!r} is unknown: choose text, seq or latent")
         B = len(prompts) * num_samples
         generators = sample_generators(generator, B)
-        run = self._run(prompts, negative_prompt, num_samples, length)
-        noise = noise_of(generators, (length, self.denoiser.dim), self.device, noise_scale)
+        run, device = self._run(prompts, negative_prompt, num_samples, length), self.device
+        noise = noise_of(generators, (length, self.denoiser.dim), device, noise_scale)
 
-        solver.set_timesteps(num_inference_steps, device=self.device)
+        solver.set_timesteps(num_inference_steps, device=device)
         solver.set_begin_index(0)
         gammas: list[float] = solver.gammas.tolist()
-        z = noise() * solver.init_noise_sigma
+        # Noise made on the device waits, for a recorded loop makes its own; generators are asked in a fixed order.
+        first = None if isinstance(noise, DeviceNoise) else noise()
         predictor = Predictor(
             run,
             [ClassifierFreeGuidance(guidance_scale), *guidance],
             gammas=gammas,
             temperature=temperature,
             kept=self._kept_tokens(),
-            quantile=self._uniform(generators) if draw_length else None,
+            quantile=self._uniform(generators).to(device) if draw_length else None,
             draw_above=float(noise_schedule(dict(self.config.fitted_schedule)).gamma(DRAW_LENGTH_ABOVE)),
             length_bias=length_bias,
             network=self._network(),
-            skip_padding=self.device.type == "cpu" if skip_padding is None else skip_padding,
+            skip_padding=device.type == "cpu" if skip_padding is None else skip_padding,
         )
         self._num_timesteps = len(gammas)
         if callback_on_step_end is None and (ending := self._recorded(predictor, solver, gammas, noise)) is not None:
             return self._finished(predictor, ending, output_type, return_dict)
+        z = (noise() if first is None else first) * solver.init_noise_sigma
         x0: Tensor | None = None
         with self.progress_bar(total=len(gammas)) as progress:
             for i, t in enumerate(solver.timesteps):
@@ -284,7 +286,7 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         return max_length
 
     def _uniform(self, generators: list[torch.Generator]) -> Tensor:
-        return torch.cat([torch.rand(1, generator=g, device=g.device) for g in generators]).to(self.device)
+        return torch.cat([torch.rand(1, generator=g, device=g.device) for g in generators])
 
     def _run(
         self, prompts: list[str | None], negative: str | Sequence[str] | None, num_samples: int, length: int
@@ -323,13 +325,12 @@ def load(model: str) -> TextDiffusionPipeline:
     except UserError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         if not folder.exists():
             raise UserError(
-                f"no model {model!r}: there is no such folder, and the hub gives none ({reason})"
+                f"no model {model!r}: there is no such folder, and the hub gives none ({reason(error)})"
             ) from error
         raise UserError(
-            f"cannot load the model in {model}: {reason}; the folder is damaged or of another kind"
+            f"cannot load the model in {model}: {reason(error)}; the folder is damaged or of another kind"
         ) from error
     if not isinstance(pipe.denoiser, Denoiser):
         raise UserError(f"{model} is no embdiff model: its denoiser is a {type(pipe.denoiser).__name__}")

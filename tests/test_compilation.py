@@ -37,6 +37,25 @@ def test_a_pass_that_cannot_be_compiled_runs_as_it_is_after_one_remark(monkeypat
     assert len(notes) == 1
 
 
+def test_more_shapes_are_compiled_than_torch_would(monkeypatch):
+    """Each at its first call; what has been compiled for too many goes on uncompiled, in silence."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(tuple(inputs[0].shape))
+        return graph.forward
+
+    whole = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda call, **options: whole(call, backend=backend, **options))
+    torch._dynamo.reset()
+    call = compilation.compiled(lambda x: x + 1, pytest.fail)
+    shapes = [(n,) for n in range(2, 22)]
+    for shape in shapes:
+        assert torch.equal(call(torch.zeros(shape)), torch.ones(shape))
+    assert compiled == shapes
+    torch._dynamo.reset()
+
+
 def test_without_a_compiler_there_is_one_remark_and_training_goes_on(monkeypatch):
     monkeypatch.setattr(compilation, "_has_compiler", lambda: False)
     notes: list[str] = []

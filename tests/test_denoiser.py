@@ -181,3 +181,16 @@ def test_gradient_checkpointing_changes_no_gradient_and_keeps_less(model):
     (less, recomputed), (more, plain) = found
     assert less < 0.5 * more
     assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(recomputed, plain, strict=True))
+
+
+def test_autocast_that_takes_norms_in_fp32_makes_features_no_wider(model, monkeypatch):
+    """As it does on a GPU; on a CPU it leaves them alone."""
+    _, _, _, z, gamma, self_cond = draw(0)
+    model = lively(Denoiser(V, dim=16, width=32, depth=2, heads=4, condition_width=16))
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = model(z.float(), gamma.float(), None, self_cond.float())
+        norm = torch.nn.functional.rms_norm
+        monkeypatch.setattr("embdiff.denoiser.F.rms_norm", lambda x, *args, **more: norm(x.float(), *args, **more))
+        wide = model(z.float(), gamma.float(), None, self_cond.float())
+    assert plain.dtype is wide.dtype is torch.bfloat16
+    assert torch.allclose(plain.float(), wide.float(), atol=0.1 * plain.float().std().item())

@@ -41,7 +41,7 @@ def test_parts_without_a_word_count_for_nothing(monkeypatch):
     weight = torch.full((128, 8), -1e30, device=DEVICE)  # exp of these is 0, whatever the maximum
     weight[:2] = torch.randn(2, 8).to(DEVICE)
     h = h.abs()
-    monkeypatch.setattr(kernels, "splits", lambda rows, vocabulary, device: 2)
+    monkeypatch.setattr(kernels, "splits", lambda *_: 2)
     fast = kernels.expectation(h, weight, table, 0.7, torch.tensor([0, 100], device=DEVICE))
     exact = ops.expectation_reference(h.double(), weight.double(), table.double(), 0.7, (0, 100))
     assert torch.allclose(fast.mean.double(), exact.mean, atol=1e-5)
@@ -54,13 +54,44 @@ def test_how_the_vocabulary_is_split_changes_nothing(rows, vocab, features, dim,
     keep = torch.tensor([1, 3], device=DEVICE)
     whole = kernels.expectation(h, weight, table, 0.8, keep)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "splits", lambda rows, vocabulary, device: parts)
+        patch.setattr(kernels, "splits", lambda *_: parts)
         split = kernels.expectation(h, weight, table, 0.8, keep)
         chosen = kernels.argmax(h, weight)
     assert torch.allclose(whole.mean, split.mean, atol=1e-4)
     assert torch.allclose(whole.kept, split.kept, atol=1e-6)
     logits = h.double() @ weight.double().T
     assert torch.allclose(logits.gather(-1, chosen[:, None])[:, 0], logits.max(-1).values, atol=1e-4)
+
+
+TILES = sorted({kernels.tile(rows, dtype) for rows in (1, 64, 10_000) for dtype in (torch.bfloat16, torch.float32)})
+
+
+@pytest.mark.parametrize("of", TILES, ids=str)
+@pytest.mark.parametrize("rows", [1, 130])
+def test_every_tile_gives_the_same(monkeypatch, of, rows):
+    h, weight, table = problem(rows, 300, 100, 20, 0)
+    monkeypatch.setattr(kernels, "tile", lambda *_: of)
+    monkeypatch.setattr(kernels, "thin", lambda device: 4)
+    fast = kernels.expectation(h, weight, table, 0.8, torch.tensor([0, 2], device=DEVICE))
+    exact = ops.expectation_reference(h.double(), weight.double(), table.double(), 0.8, (0, 2))
+    assert torch.allclose(fast.mean.double(), exact.mean, atol=1e-4)
+    assert torch.allclose(fast.kept.double(), exact.kept, atol=1e-5)
+    logits = h.double() @ weight.double().T
+    chosen = kernels.argmax(h, weight)
+    assert torch.allclose(logits.gather(-1, chosen[:, None])[:, 0], logits.max(-1).values, atol=1e-4)
+
+
+@given(st.integers(1, 100_000), st.integers(1, 300_000), st.sampled_from([torch.bfloat16, torch.float32]))
+def test_the_parts_are_the_whole_vocabulary_and_none_is_empty(rows, vocab, dtype):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "_processors", lambda device: 132)
+        of = kernels.tile(rows, dtype)
+        parts = kernels.splits(rows, vocab, of, DEVICE)
+    tiles = -(-vocab // of.words)
+    words = -(-tiles // parts) * of.words  # of a part, as the kernel is told
+    assert 1 <= parts <= 132
+    assert (parts - 1) * words < vocab <= parts * words
+    assert parts == 1 or words >= 2 * of.words
 
 
 @given(st.integers(0, 2**62), st.integers(0, 40))

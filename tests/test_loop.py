@@ -1,9 +1,12 @@
 """The loop of fused steps equals the predictor and the scheduler, step by step."""
 
+import warnings
+
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from embdiff import ops
 from embdiff.guidance import Autoguidance, ClassifierFreeGuidance, Length, TopK
@@ -12,7 +15,7 @@ from embdiff.schedulers import with_solver
 
 pytest.importorskip("triton", reason="no triton on this platform")
 from embdiff import kernels
-from embdiff.loop import Loops, bucket, fits
+from embdiff.loop import Loop, Loops, bucket, fits
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PROMPTS = ["a cat", "the dog sees", "tree"]
@@ -94,6 +97,112 @@ def test_a_loop_serves_further_batches_and_changed_weights(pipe):
         pipe.denoiser.head.weight.mul_(0.5)
         pipe.denoiser.space.weight.mul_(-1.0)
     assert len(loops.kept) == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guidance", [[], [CFG(2.0)]])
+def test_thin_tiles_change_nothing(pipe, monkeypatch, guidance):
+    scheduler, gammas, predictor = prepared(pipe, guidance, 3)
+    args = (predictor, scheduler.table, gammas, pipe._kept_tokens(), torch.tensor([5, 6, 7], device=DEVICE))
+    wide = Loops().run(*args)
+    monkeypatch.setattr(kernels, "thin", lambda device: 4)
+    assert torch.allclose(Loops().run(*args), wide, atol=1e-4)
+
+
+class Copies(TorchDispatchMode):
+    """Counts what is copied in place, as large as something at least."""
+
+    def __init__(self, numel):
+        super().__init__()
+        self.numel, self.count = numel, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.copy_.default and args[0].numel() >= self.numel
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_tables_are_copied_once_for_all_batches_after_weights_change(pipe, monkeypatch):
+    loops, found, take = Loops(), [], Loop._take
+
+    def counted(self, inputs):
+        with Copies(pipe.denoiser.space.weight.numel()) as copies:
+            take(self, inputs)
+        found.append(copies.count)
+
+    monkeypatch.setattr(Loop, "_take", counted)
+    for changed in (True, False, True, False, False):
+        if changed:
+            pipe.denoiser.head.weight.mul_(0.5)
+        scheduler, gammas, predictor = prepared(pipe, [], 2, prompts=[None] * 3)
+        seeds = torch.tensor([1, 2, 3], device=DEVICE)
+        loops.run(predictor, scheduler.table, gammas, pipe._kept_tokens(), seeds)
+    assert found == [0, 0, 2, 0, 0]
+
+
+@pytest.mark.parametrize("modes", [(torch.inference_mode, torch.no_grad), (torch.no_grad, torch.inference_mode)])
+def test_a_loop_made_in_one_mode_serves_another(pipe, modes):
+    loops, seeds, found = Loops(), [5, 6, 7], []
+    for mode in modes:
+        with mode():
+            scheduler, gammas, predictor = prepared(pipe, [CFG(2.0)], 2)
+            args = (scheduler.table, gammas, pipe._kept_tokens(), torch.tensor(seeds, device=DEVICE))
+            found.append(loops.run(predictor, *args).clone())
+    assert torch.equal(*found)
+    assert len(loops.kept) == 1
+
+
+@torch.no_grad()
+def test_a_batch_as_large_as_its_bucket_is_not_kept_but_copied(pipe):
+    seeds, loops = torch.tensor([1, 2], device=DEVICE), Loops()
+    scheduler, gammas, predictor = prepared(pipe, [], 2, prompts=PROMPTS[:2], quantile=[0.2, 0.7])
+    first = loops.run(predictor, scheduler.table, gammas, pipe._kept_tokens(), seeds)
+    loops.run(predictor, scheduler.table, gammas, pipe._kept_tokens(), seeds + 10)
+    assert seeds.tolist() == [1, 2]
+    assert torch.equal(loops.run(predictor, scheduler.table, gammas, pipe._kept_tokens(), seeds), first)
+
+
+def failing(error, found):
+    """A recording that counts its tries and fails."""
+
+    def record(self, stream, pool):
+        found.append(self)
+        raise error
+
+    return record
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("error", "says", "tries"),
+    [
+        (torch.OutOfMemoryError("full"), "out of memory: a smaller batch or max_length", 2),
+        (RuntimeError("no"), "no", 1),
+    ],
+)
+def test_a_recording_that_fails_is_told_once_and_others_are_tried_only_after_lack_of_memory(
+    pipe, monkeypatch, error, says, tries
+):
+    loops, found = Loops(), []
+    loops.stream = loops.pool = object()
+    monkeypatch.setattr(Loop, "record", failing(error, found))
+    scheduler, gammas, predictor = prepared(pipe, [], 2)
+    args = (predictor, scheduler.table, gammas, pipe._kept_tokens())
+    seeds = torch.arange(3, device=DEVICE)
+    loops.run(*args, seeds)
+    own = next(iter(loops.kept.values()))
+    with pytest.warns(UserWarning, match=says):
+        loops._record(own)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loops._record(own)  # not again
+    assert len(found) == 1
+    loops.run(*args, seeds, 0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loops._record(list(loops.kept.values())[-1])
+    assert len(found) == tries
+    assert loops.recording == (tries == 2)
 
 
 @torch.no_grad()

@@ -52,6 +52,14 @@ def test_samples_come_in_the_order_of_their_prompts(pipe):
     assert pairs[2:] == pipe("a dog", num_samples=2, num_inference_steps=3, generator=seeds(2, 3)).texts
 
 
+@pytest.mark.parametrize("name", sorted(SCHEDULERS))
+def test_the_levels_of_a_run_are_known_without_reading_the_device(pipe, name):
+    scheduler = with_solver(pipe.scheduler, name)
+    scheduler.set_timesteps(4, device="meta")  # which nothing can be read from
+    assert len(scheduler.gammas.tolist()) == len(scheduler.timesteps)
+    assert scheduler.timesteps.is_meta
+
+
 def test_a_negative_prompt_matters_only_with_guidance(pipe):
     def text(**options):
         return pipe("the cat .", num_inference_steps=4, generator=seeds(0), output_type="latent", **options).latents

@@ -193,7 +193,7 @@ class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     ) -> None:
         """Chooses the noise levels and compiles the table: one row for each evaluation of the denoiser.
 
-        `table` then holds the rows, and `noisy` says for each whether its step adds noise.
+        `table` then holds the rows, `gammas` their levels, on the host, and `noisy` whether their steps add noise.
 
         Args:
             num_inference_steps: N >= 1 evaluations, at the schedule's own levels.
@@ -223,7 +223,7 @@ class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     ) -> None:
         self.table, self._times = table, times
         self.noisy = [bool(torch.as_tensor(row.s).any()) for row in table]
-        self.gammas = torch.tensor(gammas, dtype=torch.float32, device=device)
+        self.gammas = torch.tensor(gammas, dtype=torch.float32)  # on the host, where the loop over steps is
         self.timesteps = torch.tensor(times * self.config.num_train_timesteps, dtype=torch.float32, device=device)
         self._begin_index: int | None = None
         self._step_index: int | None = None
