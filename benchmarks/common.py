@@ -63,7 +63,6 @@ def training_facts(output: Path, model: torch.nn.Module) -> dict[str, Any]:
     state = read_state(checkpoints(output)[-1])
     options = read_config(output / "run.yaml")
     return {"steps": state["step"], "seconds": round(state["seconds"]), "tokens": state["tokens"],
-            "tokens_per_second": round(state["tokens"] / max(1.0, state["seconds"])),
             "texts": len(read_examples(options["data"])),
             "parameters": sum(p.numel() for p in model.parameters()), "dtype": state["dtype"],
             **{name: options[name] for name in ("size", "batch_size", "draws")}}  # fmt: skip

@@ -110,8 +110,11 @@ def main(
                 baseline_point(model, its_tokenizer, judge, name, n, t, samples) for n in counts for t in temperature
             ]
         points += drawn
-        mfu = 6 * facts["parameters"] * facts["tokens_per_second"] / rate
-        figures["models"][name] = {"nats_per_word": round(nats / words, 4), "mfu": round(mfu, 4), "training": facts}
+        speed = facts["tokens"] / facts["seconds"]
+        figures["models"][name] = {
+            "nats_per_word": round(nats / words, 4), "tokens_per_second": round(speed),
+            "mfu": round(6 * facts["parameters"] * speed / rate, 4), "training": facts,
+        }  # fmt: skip
         figures["points"] = [p._asdict() for p in points]
         keep(results, figures)
     entropy = figures["real"]["entropy"]
@@ -145,7 +148,7 @@ def table(figures: dict[str, Any]) -> Table:
     for name, model in figures["models"].items():
         facts = model["training"]
         trained = (
-            f"{facts['steps']:,} steps, {facts['parameters']:,} parameters, {facts['tokens_per_second']:,} tokens/s"
+            f"{facts['steps']:,} steps, {facts['parameters']:,} parameters, {model['tokens_per_second']:,} tokens/s"
         )
         shown.add_row(name, f"{model['nats_per_word']:.3f}", "", "", "", trained)
     for name, found in {**figures["at_real_entropy"], "real texts": real}.items():
