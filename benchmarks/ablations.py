@@ -22,8 +22,10 @@ import typer
 from common import machine, trained
 
 from embdiff.batches import encode
+from embdiff.cli.common import run_config
 from embdiff.config import TrainConfig
 from embdiff.data import Example, read_examples
+from embdiff.errors import UserError
 from embdiff.evaluation.frontier import at_entropy, frontier, point
 from embdiff.evaluation.judges import NGramJudge
 from embdiff.evaluation.likelihood import bound
@@ -80,7 +82,10 @@ def main(
             "batch_size": 32, "infill": 0.0, "max_steps": steps, "save_every": steps,
             "validate_every": steps, "previews": 0, **change,
         })  # fmt: skip
-        pipe = trained(output / re.sub(r"[^a-z0-9.]+", "-", name.lower()), config)
+        folder = output / re.sub(r"[^a-z0-9.]+", "-", name.lower())
+        if (own := run_config(folder)) is not None and own != config.located():
+            raise UserError(f"{folder} holds a run with other options: name another --output")
+        pipe = trained(folder, config)
         judge = judge or NGramJudge(as_written(pipe.tokenizer, texts["train"]))
         lines = encode(
             [Example(text) for text in some(texts["valid"], 600, seed=1)], pipe.tokenizer,

@@ -285,7 +285,7 @@ def costs(
     def one(*modules: Guidance, prompt: str | None = None) -> list[Trial]:
         return [Trial(modules, bool, 1, prompt)]
 
-    label = target_labels(data)[0]
+    label = told_apart(target_labels(data), pipe.classifiers["attributes"].config.labels)[0][0]
     timed: dict[str, tuple[TextDiffusionPipeline, list[Trial]]] = {
         "length in tokens": (pipe, control.length_trials(pipe, real, "tokens", 99, 1)),
         "length in words": (pipe, control.length_trials(pipe, real, "words", 99, 1)),

@@ -60,8 +60,10 @@ def main(
     set_scheduler(pipe, solver)
     facts = training_facts(output, pipe.denoiser)
     figures: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {}
-    if figures.get("training") != facts:  # of another model
-        figures = {"training": facts}
+    known = figures.get("training", {})
+    if any(facts.get(name) != value for name, value in known.items()):  # of another model
+        figures = {}
+    figures["training"] = facts
     if drawn is not None:
         texts = [json.loads(line)["text"] for line in drawn.read_text(encoding="utf-8").splitlines()]
         train, real = (real_texts(pipe, data / f"{name}.txt") for name in ("train", "valid"))

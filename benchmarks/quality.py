@@ -33,7 +33,7 @@ from rich.table import Table
 from embdiff import baselines, ops
 from embdiff.batches import Encoded, encode
 from embdiff.cli.common import device as device_of
-from embdiff.cli.common import load_pipeline, seconds
+from embdiff.cli.common import load_pipeline, run_config, seconds
 from embdiff.config import TrainConfig
 from embdiff.data import Example, read_examples
 from embdiff.errors import UserError
@@ -62,7 +62,7 @@ def main(
     solver: list[str] = typer.Option(["unipc"], help="Of ours."),
     temperature: list[float] = typer.Option([0.5, 0.65, 0.8, 0.9, 1.0, 1.2], help="Temperatures."),
     samples: int = typer.Option(400, help="Texts for each point."),
-    device: str = typer.Option("auto", help="cpu, cuda or auto."),
+    device: str = typer.Option("auto", help="Of what is measured, and of the rate behind MFU: that of training."),
     results: Path = typer.Option(Path("benchmarks/results/quality.json"), help="Where the figures go."),
 ) -> None:
     """Trains what is not trained yet, measures, prints and writes one table."""
@@ -92,10 +92,10 @@ def main(
     for name, folder in folders.items():
         if name == "ce":
             model: torch.nn.Module = pipe.denoiser
+            facts = training_facts(folder, model)
+            check_budget(facts, run_config(folders["masked"]) or config)  # of the others, which may be finished
             found = bound(pipe.denoiser, texts, pipe.scheduler.noise_schedule)
             nats = found.nats_per_token * found.tokens
-            facts = training_facts(folder, model)
-            check_budget(facts, config)
             drawn = frontier(
                 pipe, judge, [None] * samples, solvers=solver, steps=steps, temperatures=temperature, report=told
             )

@@ -30,6 +30,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"length_bias": 1.5},
     {"draw_length": False},
     {"draw_length": False, "length_bias": 0.0},
+    {"scheduler": "renoise"},
     {"scheduler": "ddim"},
     {"scheduler": "dpm++"},
     {"scheduler": "ddpm"},
@@ -43,7 +44,7 @@ def main(
     data: Path,
     samples: int = 256,
     steps: int = 32,
-    results: Path = Path("benchmarks/results/sampling.md"),
+    results: Path = Path("benchmarks/results/sampling_defaults.md"),
 ) -> None:
     """Writes a table in Markdown."""
     quiet()
@@ -53,7 +54,8 @@ def main(
     rows = [("real text", judged(judge, some(real_texts(pipe, data / "valid.txt"), samples)))]
     for setting in SETTINGS:
         options = dict(setting)
-        pipe.scheduler = with_solver(trained, options.pop("scheduler", "renoise"))
+        name = options.pop("scheduler", None)
+        pipe.scheduler = trained if name is None else with_solver(trained, name)
         texts = draw(pipe, [None] * samples, num_inference_steps=steps, **options)
         rows.append((describe(setting), judged(judge, texts)))
         print(rows[-1], flush=True)

@@ -1,8 +1,8 @@
 """Sampling speed: ours, the same network in other loops, and autoregressive models of its size, in one run.
 
     python benchmarks/speed.py                                          what fits the machine: minutes to hours
-    python benchmarks/speed.py --size mini --batch 1 --length 64 --steps 8
-    python benchmarks/speed.py --size base --only ours --only "generate*" --budget 450
+    python benchmarks/speed.py --size mini --batch 1 --length 64 --steps 8 --results runs/speed_mini.json
+    python benchmarks/speed.py --size base --only ours --only "generate*" --budget 450 --results runs/speed_base.json
 
 Weights are random: speed doesn't depend on them. Every peer makes B texts of exactly L tokens, all of which count, as
 ids; ours may make shorter texts too, so its lengths are not drawn and all of its positions count. Sizes are about 5M,
