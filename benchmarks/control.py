@@ -57,7 +57,7 @@ from embdiff.data import Example, read_examples
 from embdiff.errors import UserError
 from embdiff.evaluation import control
 from embdiff.evaluation.control import Check, Kept, Sample, Sampling, Trial, cost, outcome, share
-from embdiff.evaluation.judges import Judge, NGramJudge, judge_of
+from embdiff.evaluation.judges import Judge, NGramJudge, check_judges, judge_of
 from embdiff.evaluation.samples import as_written
 from embdiff.evaluation.scorer import Scorer
 from embdiff.guidance import ClassifierFreeGuidance, ClassifierGuidance, Guidance, Length, TopP, Toxicity
@@ -329,7 +329,7 @@ class Once:
 def ready_judges(specs: Sequence[str], pipe: TextDiffusionPipeline, train: Sequence[str]) -> list[Judge]:
     """A 5-gram of the texts and the runs that are named, all of which can read what the model writes."""
     judges: list[Judge] = [Once(NGramJudge(train)), *(Once(judge_of(spec, train, pipe.device)) for spec in specs)]
-    control.check_judges(judges, pipe, train)
+    check_judges(judges, pipe, train)
     return judges
 
 

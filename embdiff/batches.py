@@ -8,10 +8,10 @@ absent.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import lru_cache
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from embdiff.data import Example
 
 Ints = NDArray[np.int32]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Prompts:
 
     def to(self, device: torch.device | str) -> Prompts:
         """The same prompts on a device."""
-        return Prompts(self.ids.to(device), self.present.to(device), self.positions.to(device))
+        return sent(self, device)
 
 
 @dataclass(frozen=True)
@@ -94,12 +95,19 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on a device."""
-        return Batch(
-            self.ids.to(device),
-            None if self.known is None else self.known.to(device),
-            None if self.prompts is None else self.prompts.to(device),
-            None if self.prompted is None else self.prompted.to(device),
-        )
+        return sent(self, device)
+
+
+def sent(value: T, device: torch.device | str) -> T:
+    """A tensor, or a dataclass with all its tensors, on a device; copied to a GPU without waiting for it."""
+    device = torch.device(device)
+    if isinstance(value, Tensor):
+        pinned = value.pin_memory() if device.type == "cuda" and value.device.type == "cpu" else value
+        return cast(T, pinned.to(device, non_blocking=pinned is not value))
+    if is_dataclass(value) and not isinstance(value, type):
+        moved = {field.name: sent(getattr(value, field.name), device) for field in fields(value)}
+        return cast(T, replace(cast(Any, value), **moved))
+    return value
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,10 @@ class ClassifierConfig:
     several: bool = False
     separator: str = "|"
 
+    def __post_init__(self) -> None:
+        if self.width < 2 or self.width % 2:
+            raise UserError(f"width {self.width} is out of range: give an even number")
+
 
 class Accuracy(NamedTuple):
     """Of held-out texts at one noise level. right: the share of labels that are right; guess: without looking."""

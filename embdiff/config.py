@@ -103,8 +103,6 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} {value} is out of range: give 1 or more")
-        if self.batch_size % self.draws:
-            raise UserError(f"draws {self.draws} does not divide batch_size {self.batch_size}: give a divisor of it")
         if not 0 <= self.ema < 1:
             raise UserError(f"ema {self.ema} is out of range: give a decay from 0 (off) to below 1")
         if not 0 <= self.dropout < 1:

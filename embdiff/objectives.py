@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from embdiff import checkpoint, losses
 from embdiff.baselines import FOLDER, AutoregressiveModel, Baseline, MaskedModel
-from embdiff.batches import Batch, Mixture, Prompts
+from embdiff.batches import Batch, Mixture, Prompts, sent
 from embdiff.denoiser import Denoiser
 from embdiff.noise import FITS, GumbelSchedule
 
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from embdiff.config import TrainConfig
-
-T = TypeVar("T")
 
 
 class Objective:
@@ -292,17 +290,6 @@ class Masked(BaselineObjective):
 OBJECTIVES: dict[str, type[Objective]] = {
     "ce": Diffusion, "vlb": Diffusion, "mixed": Diffusion, "autoregressive": Autoregressive, "masked": Masked,
 }  # fmt: skip
-
-
-def sent(value: T, device: torch.device) -> T:
-    """A tensor, or a dataclass with all its tensors, on a device; copied to a GPU without waiting for it."""
-    if isinstance(value, Tensor):
-        pinned = value.pin_memory() if device.type == "cuda" and value.device.type == "cpu" else value
-        return cast(T, pinned.to(device, non_blocking=pinned is not value))
-    if is_dataclass(value) and not isinstance(value, type):
-        moved = {field.name: sent(getattr(value, field.name), device) for field in fields(value)}
-        return cast(T, replace(cast(Any, value), **moved))
-    return value
 
 
 def strata(batch: Batch, generator: np.random.Generator) -> NDArray[np.float64]:

@@ -23,7 +23,7 @@ from embdiff.errors import UserError
 from embdiff.guidance.automaton import Automaton, Shares, aligned
 from embdiff.guidance.base import Branch, Combine, Constraint, Gradient, Guidance, Part, Run, Tilt, Veto, Words
 
-BARRED = 1e4  # nats: no mass is left beside any other word, and a constraint may ask for it all the same
+BARRED = 1e9  # nats: no mass is left beside any other word, and a constraint may ask for it all the same
 
 
 class Output(NamedTuple):

@@ -222,6 +222,10 @@ class Trainer:
         reporter: Reporter,
         resume: bool,
     ) -> None:
+        if config.batch_size % config.draws:
+            raise UserError(
+                f"draws {config.draws} does not divide batch_size {config.batch_size}: give a divisor of it"
+            )
         self.config, self.output, self.corpus = config, output, corpus
         self.accelerator, self.reporter = accelerator, reporter
         self.device = self.accelerator.device

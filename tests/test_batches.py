@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from embdiff.batches import Batch, Mixture, Prompts, Window, batch_index, encode
 from embdiff.data import Example
@@ -118,3 +119,32 @@ def test_the_mixture_draws_its_shares(tokenizer):
     # A prefix of length 0 gives nothing, so the share with something given is a little below.
     assert mixed.known.any(1).float().mean().item() == pytest.approx(0.3, abs=0.04)
     assert Mixture(infill=0.0).apply(Batch(mixed.ids), np.random.default_rng(0)).known is None
+
+
+@pytest.fixture
+def prompted():
+    ids = torch.arange(12).view(4, 3)
+    prompts = Prompts.aligned(ids[:2], torch.tensor([1, 3]))
+    return Batch(ids, known=ids > 5, prompts=prompts, prompted=None)
+
+
+def tensors(batch):
+    return [batch.ids, batch.known, batch.prompts.ids, batch.prompts.present, batch.prompts.positions]
+
+
+def test_a_batch_moves_whole_and_unchanged(prompted):
+    same = prompted.to("cpu")
+    assert all(torch.equal(a, b) for a, b in zip(tensors(same), tensors(prompted), strict=True))
+    moved = prompted.to("meta")
+    assert moved.prompted is None
+    assert {t.device.type for t in tensors(moved)} == {"meta"}
+    assert [t.shape for t in tensors(moved)] == [t.shape for t in tensors(prompted)]
+
+
+def test_a_gpu_copies_from_pinned_memory_while_the_host_goes_on(prompted, monkeypatch):
+    copies, pinned = [], []
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: pinned.append(self) or self.clone())
+    monkeypatch.setattr(Tensor, "to", lambda self, device, non_blocking: copies.append((device.type, non_blocking)))
+    prompted.to("cuda")
+    assert len(pinned) == len(tensors(prompted))
+    assert copies == [("cuda", True)] * len(pinned)

@@ -45,12 +45,6 @@ def test_options_of_the_wrong_kind_are_refused(option, value):
         TrainConfig(**{option: value})
 
 
-def test_noise_levels_of_a_text_share_out_a_batch():
-    assert TrainConfig(batch_size=12, draws=4).draws == 4
-    with pytest.raises(UserError, match="draws 5 does not divide batch_size 12"):
-        TrainConfig(batch_size=12, draws=5)
-
-
 def test_the_largest_seed_will_do():
     assert TrainConfig(seed=2**63 - 1).seed == 2**63 - 1
 

@@ -38,6 +38,8 @@ def test_every_kernel_compiles_for_a_gpu(compiled):
 
 def test_no_kernel_needs_more_than_a_gpu_has(compiled):
     assert not [kernel for kernel in compiled if kernel["shared"] * kernel["programs"] > SHARED]
+    if not any(kernel["registers"] for kernel in compiled):
+        pytest.skip("this Triton doesn't tell what is spilled")
     assert not [kernel for kernel in compiled if kernel["spilled"] > SPILLED]
 
 

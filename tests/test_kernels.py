@@ -63,7 +63,9 @@ def test_how_the_vocabulary_is_split_changes_nothing(rows, vocab, features, dim,
     assert torch.allclose(logits.gather(-1, chosen[:, None])[:, 0], logits.max(-1).values, atol=1e-4)
 
 
-TILES = sorted({kernels.tile(rows, dtype) for rows in (1, 64, 10_000) for dtype in (torch.bfloat16, torch.float32)})
+# On a GPU tiles for bf16 have no room for the fp32 numbers of this test.
+DTYPES = [torch.float32] if DEVICE.type == "cuda" else [torch.bfloat16, torch.float32]
+TILES = sorted({kernels.tile(rows, dtype) for rows in (1, 64, 10_000) for dtype in DTYPES})
 
 
 @pytest.mark.parametrize("of", TILES, ids=str)

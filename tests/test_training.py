@@ -259,6 +259,12 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     train(SMALL, tmp_path / "run", corpus=corpus(), resume=True)
 
 
+def test_noise_levels_of_a_text_share_out_a_batch(tmp_path):
+    with pytest.raises(UserError, match="draws 5 does not divide batch_size 12"):
+        train(small(batch_size=12, draws=5), tmp_path / "run", corpus=corpus())
+    assert not (tmp_path / "run" / "run.yaml").exists()
+
+
 def test_an_output_folder_with_another_run_is_refused(tmp_path):
     train(small(max_steps=1), tmp_path / "run", corpus=corpus())
     before = weights(tmp_path / "run")

@@ -36,13 +36,12 @@ def train_classifier(
     check_seed(seed)
     if not name.replace("-", "").replace("_", "").isalnum():
         raise UserError(f"--name {name!r}: use letters, digits, - and _ alone")
-    if width % 2:
-        raise UserError(f"--width {width} is odd: give an even number")
     quiet()
     from embdiff.checkpoint import classifier_folder, save_folder
     from embdiff.classification import ClassifierConfig, train_classifier
     from embdiff.data import read_examples
 
+    config = ClassifierConfig(max_steps, batch_size, width=width, depth=depth, seed=seed, several=several)
     target = classifier_folder(model, name)
     if target.exists() and not overwrite:
         raise UserError(f"{model} already has a classifier {name!r}: use --overwrite, or another --name")
@@ -50,7 +49,6 @@ def train_classifier(
     examples = read_examples(
         data, text_column=text_column, prompt_column=label_column, separator=separator, limit=limit
     )
-    config = ClassifierConfig(max_steps, batch_size, width=width, depth=depth, seed=seed, several=several)
     with shown() as advance:
         classifier, found = train_classifier(
             pipe, examples, config, lambda step, loss: advance("training", step, max_steps)

@@ -219,28 +219,46 @@ class Reading(NamedTuple):
 def like_run(model: str | Path, data: str, reading: Reading = Reading()) -> list[Example]:
     """The examples of another source, read as the run read its own where `reading` names nothing else.
 
-    Of the run's options those for another kind of file are left out: its data may have been of that kind.
+    Options for another kind of file are left out: the run's data may have been of that kind, or another source is.
     """
-    from embdiff.data import local_path, read_examples
+    from embdiff.data import read_examples
 
-    config, path = run_config(model), local_path(data)
+    config = run_config(model)
     own = Reading() if config is None else Reading(config.separator, config.text_column, config.prompt_column)
-    if not path.is_dir():
-        own = Reading(own.separator) if path.suffix.lower() == ".txt" else own._replace(separator=None)
     chosen = Reading(*(mine or its for mine, its in zip(reading, own, strict=True)))
+    lines, table = kinds(data)
+    chosen = Reading(chosen.separator if lines else None, *(chosen[1:] if table else (None, None)))
     return read_examples(
         data, separator=chosen.separator, text_column=chosen.text_column, prompt_column=chosen.prompt_column
     )
 
 
-def note_prompts(pipe: TextDiffusionPipeline, examples: list[Example]) -> None:
+def kinds(data: str) -> tuple[bool, bool]:
+    """Whether a source may have lines of text, and tables."""
+    from embdiff.data import local_path
+
+    path = local_path(data)
+    lines = path.suffix.lower() == ".txt"
+    return (True, True) if path.is_dir() else (lines, not lines)
+
+
+def check_reading(reading: Reading, *sources: str | Path | None) -> None:
+    """Refuses options that none of the sources has a use for; None = the run's own, read as it was."""
+    found = [kinds(str(source)) for source in sources if source is not None]
+    lines, table = (any(kind) for kind in zip((False, False), *found, strict=True))
+    for name, value in reading._asdict().items():
+        if value is not None and not (lines if name == "separator" else table):
+            kind = "a .txt file" if name == "separator" else "a table"
+            raise UserError(f"--{name.replace('_', '-')} {value!r} is for {kind}, and none is named as data")
+
+
+def note_prompts(
+    pipe: TextDiffusionPipeline, examples: list[Example], fix: str = "name them with --separator or --prompt-column"
+) -> None:
     """Says so where a model of prompts is given texts without any: they may stand unseparated in the texts."""
     if pipe.denoiser.config.max_prompt_length and not any(example.prompt for example in examples):
-        print(
-            "the model takes prompts and the data has none, so it writes without: name --separator or --prompt-column "
-            "if prompts stand in the data",
-            file=sys.stderr,
-        )
+        note = f"the model takes prompts and the data has none, so it writes without; if there are any, {fix}"
+        print(note, file=sys.stderr)
 
 
 def read_prompts(path: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -92,13 +93,18 @@ def eval_control(
     modules = parsed(guidance)
     if ("custom" in control) != bool(modules):
         raise UserError("--control custom and --guidance belong together: give both, or neither")
+    for module in modules:
+        module.for_samples(0, 1, 1)  # drawn and timed in different numbers, so nothing may be of each sample
     if "custom" in control and lexicon is None and (scorer_data is None or label is None):
         raise UserError("--control custom needs to know what success is: give --scorer-data and --label, or --lexicon")
     if label is not None and (scorer_data is None or "custom" not in control):
         raise UserError(f"--label {label!r} is told by a scorer, in --control custom: give it and --scorer-data too")
     check_output(output, overwrite)
+    start = time.monotonic()
     quiet()
-    from embdiff.evaluation.control import Sampling, check_judges, cost, draw_trials, free_of, outcome, scored
+    from embdiff.evaluation.control import Sampling, cost, draw_trials, free_of, outcome, scored
+    from embdiff.evaluation.judges import check_judges
+    from embdiff.evaluation.report import environment
     from embdiff.guidance.toxicity import read_lexicon
 
     clean = None if lexicon is None else free_of(read_lexicon(lexicon))
@@ -124,8 +130,11 @@ def eval_control(
         ratio, *quartiles = cost(pipe, demands[row["control"]], sampling)
         row |= {"cost": ratio, "cost_quartiles": quartiles}
     figures = {
-        "model": model, "steps": steps, "targets": targets, "each": each, "plain": plain, "seed": seed,
-        "prompts": len([prompt for prompt in asked if prompt is not None]), "controls": rows,
+        "model": model, "data": data, "judges": judge, "judge_data": judge_data, "steps": steps, "targets": targets,
+        "each": each, "plain": plain, "seed": seed, "batch_size": batch_size, "temperature": temperature,
+        "classifier": classifier, "strength": strength, "guidance": guidance, "scorer_data": scorer_data,
+        "label": label, "lexicon": lexicon, "prompts": len([prompt for prompt in asked if prompt is not None]), "controls": rows,
+        "run": environment(pipe, time.monotonic() - start),
     }  # fmt: skip
     text = json.dumps(figures, indent=None if as_json else 1, ensure_ascii=False)
     print(text) if as_json else show(rows)
@@ -151,7 +160,7 @@ def prompts_of(
     if path is not None:
         found = read_prompts(path)
     else:
-        note_prompts(pipe, valid)
+        note_prompts(pipe, valid, "name them with --prompts")
         takes = bool(pipe.denoiser.config.max_prompt_length)
         found = list(dict.fromkeys(example.prompt for example in valid if takes and example.prompt))
     return [found[i] for i in spread(len(found), count)] or [None]

@@ -19,6 +19,7 @@ from embdiff.cli.common import (
     TEXT_COLUMN_HELP,
     Reading,
     check_output,
+    check_reading,
     check_seed,
     like_run,
     load_pipeline,
@@ -85,6 +86,7 @@ def evaluate(
     check_seed(seed)
     check_output(output, overwrite)
     modules, reading = parsed(guidance), Reading(separator, text_column, prompt_column)
+    check_reading(reading, data, judge_data, references)
     quiet()
     from embdiff.evaluation import report
     from embdiff.guidance import ClassifierFreeGuidance
@@ -104,7 +106,8 @@ def evaluate(
         figures = report.evaluate(pipe, valid, judges, protocol, train=train, references=answers, advance=advance)
     figures = {
         "model": model, "data": data or "the run's validation texts", "seen_in_training": seen,
-        "judges": judge, "judge_data": judge_data or "the run's training texts",
+        "judges": judge if samples else [],
+        "judge_data": judge_data or ("the run's training texts" if train else None),
         "seen_by_judges": overlap(valid, train), "references": None if references is None else str(references),
         **reading._asdict(), **figures,
     }  # fmt: skip

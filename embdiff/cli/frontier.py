@@ -17,6 +17,7 @@ from embdiff.cli.common import (
     Reading,
     check_counts,
     check_output,
+    check_reading,
     check_seed,
     check_temperature,
     load_pipeline,
@@ -63,6 +64,8 @@ def frontier(
     check(steps, temperature, samples, batch_size)
     check_output(picture, overwrite)
     check_kind(picture)
+    reading = Reading(separator, text_column, prompt_column)
+    check_reading(reading, data, judge_data)
     quiet()
     from embdiff.evaluation import frontier as frontiers
     from embdiff.evaluation import report as reports
@@ -73,11 +76,12 @@ def frontier(
         if name != "own":
             scheduler_class(name)
     pipe = load_pipeline(model, device, dtype, compile)
-    valid, train, seen = real_texts(model, data, judge_data, reading=Reading(separator, text_column, prompt_column))
+    valid, train, seen = real_texts(model, data, judge_data, reading=reading)
     note_prompts(pipe, valid)
     (judged,) = named_judges([judge], pipe, train, valid)
     limit = int(pipe.denoiser.config.max_length)
-    valid = [example for example in valid if as_written(pipe.tokenizer, [example.text], limit)]
+    tokens = pipe.tokenizer([example.text for example in valid], add_special_tokens=False, verbose=False)["input_ids"]
+    valid = [example for example, ids in zip(valid, tokens, strict=True) if len(ids) < limit]
     if len(valid) < samples:
         raise UserError(
             f"{len(valid)} held-out texts that the model can end for {samples} samples: entropies of as many are "
@@ -112,8 +116,8 @@ def frontier(
     if as_json:
         figures = {
             "model": model, "data": data or "the run's validation texts", "seen_in_training": seen,
-            "judge": judge, "judge_data": judge_data or "the run's training texts", "separator": separator,
-            "text_column": text_column, "prompt_column": prompt_column,
+            "judge": judge, "judge_data": judge_data or ("the run's training texts" if train else None),
+            **reading._asdict(),
             "samples": samples, "seed": seed, "batch_size": batch_size, "cfg_scale": cfg_scale, **options,
             "solvers": {name: reports.scheduler_options(made) for name, made in
                         frontiers.schedulers(pipe, solver).items()},

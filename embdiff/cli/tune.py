@@ -14,6 +14,7 @@ from embdiff.cli.common import (
     TEXT_COLUMN_HELP,
     Reading,
     check_counts,
+    check_reading,
     check_seed,
     like_run,
     load_pipeline,
@@ -52,6 +53,7 @@ def tune_steps(
 
     pipe = load_pipeline(str(model), device)
     reading = Reading(separator, text_column, prompt_column)
+    check_reading(reading, data)
     texts = run_corpus(model) if data is None else halves(like_run(model, data, reading))
     note_prompts(pipe, texts.train)
     examiner = Examiner(

@@ -15,7 +15,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from hashlib import blake2b
-from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -107,7 +106,8 @@ class Kept:
     """Samples on disk, so that those of a trial are drawn once, however often it is asked for.
 
     path: of a jsonl with a line for each trial, made when there is one. A line that isn't whole, of a run that was
-    killed, doesn't count.
+    killed, doesn't count. Samples go by model, trial and seed: to be deleted when files that modules name change, or
+    how samples are drawn.
     """
 
     def __init__(self, path: Path) -> None:
@@ -192,17 +192,6 @@ def outcome(
 def share(check: Check, samples: Sequence[Sample]) -> float:
     """The share of samples that pass."""
     return sum(map(check, samples)) / len(samples)
-
-
-def check_judges(judges: Sequence[Judge], pipe: TextDiffusionPipeline, real: Sequence[str]) -> None:
-    """Has each judge score a text as long as the model can write, pieced together from real ones.
-
-    Raises UserError for a judge that can't: before hours of sampling, not behind them.
-    """
-    limit = int(pipe.denoiser.config.max_length)
-    ids = vocabulary.tokens(pipe.tokenizer, " ".join(islice(cycle(real), limit)))[:limit]
-    for judge in judges:
-        judge.nats([vocabulary.decode(pipe.tokenizer, ids)])
 
 
 def metrics_of(texts: Sequence[str], count: int) -> tuple[float, float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,11 +17,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from embdiff import vocabulary
 from embdiff.errors import UserError, reason
 from embdiff.evaluation.ngram import NGram
 
 if TYPE_CHECKING:
     from embdiff.baselines import AutoregressiveModel
+    from embdiff.pipeline import TextDiffusionPipeline
 
 BATCH = 32
 
@@ -62,8 +65,19 @@ def check_words(judge: Judge, texts: Sequence[str]) -> None:
     if share < 0.5:
         raise UserError(
             f"the {judge.name} judge knows {share:.0%} of the held-out words, as its texts are few or of another kind: "
-            "name more of them with --judge-data"
+            "name more of them with --judge-data, or another judge"
         )
+
+
+def check_judges(judges: Sequence[Judge], pipe: TextDiffusionPipeline, real: Sequence[str]) -> None:
+    """Has each judge score a text as long as the model can write, pieced together from real ones.
+
+    Raises UserError for a judge that can't: before hours of sampling, not behind them.
+    """
+    limit = int(pipe.denoiser.config.max_length)
+    ids = vocabulary.tokens(pipe.tokenizer, " ".join(islice(cycle(real), limit)))[:limit]
+    for judge in judges:
+        judge.nats([vocabulary.decode(pipe.tokenizer, ids)])
 
 
 class AutoregressiveJudge:
@@ -75,12 +89,15 @@ class AutoregressiveJudge:
         self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
 
     def nats(self, texts: Sequence[str]) -> NDArray[np.float64]:
-        """-log p of each text and its end, [N]; of what exceeds the model's length, nothing can be said."""
+        """-log p of each text and its end, [N]; of what exceeds the model's length, nothing can be said.
+
+        A text may fill that length, and its end be one position beyond: a diffusion model's may, and are to be judged.
+        """
         from embdiff.batches import encode
         from embdiff.data import Example
 
         longest = int(self.model.config.max_length)
-        encoded = encode([Example(text) for text in texts], self.tokenizer, longest)
+        encoded = encode([Example(text) for text in texts], self.tokenizer, longest + 1)
         if encoded.truncated:
             raise UserError(
                 f"{encoded.truncated} texts are longer than the {longest} tokens of the judge {self.name}: "
@@ -125,7 +142,7 @@ class TransformersJudge:
         other = row.clone()
         other[-1] = row[0]
         one, two = self.model(torch.stack([row, other])).logits[:, :-1]
-        return torch.allclose(one, two, rtol=1e-5, atol=1e-6)
+        return bool((one - two).abs().max() <= 1e-5 * one.abs().max())
 
     @torch.no_grad()
     def nats(self, texts: Sequence[str]) -> NDArray[np.float64]:

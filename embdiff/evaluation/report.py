@@ -21,7 +21,7 @@ import numpy as np
 from embdiff.batches import encode, spread
 from embdiff.errors import UserError
 from embdiff.evaluation import metrics
-from embdiff.evaluation.judges import Judge, cross_entropy
+from embdiff.evaluation.judges import Judge, check_judges, cross_entropy
 from embdiff.evaluation.likelihood import PASSES, TOLERANCE, Likelihood, bound, flow_bound
 from embdiff.evaluation.mauve import divergence
 from embdiff.evaluation.ngram import NGram
@@ -286,8 +286,10 @@ def _sampled(
     known = as_written(pipe.tokenizer, [example.text for example in valid])
     others = as_written(pipe.tokenizer, train, limit)
     beside = _beside(pipe, valid, known, prompts, protocol.seed)
-    for judge in judges:
-        judge.nats(known)  # a judge that can't read these texts says so before they are drawn
+    for module in protocol.options.get("guidance", ()):
+        for count in (len(prompts), len(prompts) * max(1, protocol.mbr)):
+            module.for_samples(0, count, count)  # refuses what is not there for each sample, before any is drawn
+    check_judges(judges, pipe, known)
     if answers:
         reference_figures(known[:1], [known[:1]])  # and so does a library that isn't there
 

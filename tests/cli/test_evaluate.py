@@ -139,6 +139,9 @@ def test_frontier_compares_samplers_with_as_many_real_texts(run, tmp_path):
         (["eval", "RUN", "--bound", "-3"], "bound_texts -3"),
         (["eval", "RUN", "--judge-data", "TINY"], "knows"),
         (["eval", "RUN", "-n", "0", "--references", "TINY"], "references are for samples"),
+        (["eval", "RUN", "--separator", ":"], "--separator ':' is for a .txt file"),
+        (["frontier", "RUN", "--data", "TINY", "--prompt-column", "said"], "--prompt-column 'said' is for a table"),
+        (["eval", "RUN", "-n", "9", "--guidance", "length:words=2|3"], "2 lengths in words for 9 samples"),
         (["eval", "RUN", "--steps", "99999999999"], "at most 1,000,000"),
     ],
 )

@@ -90,7 +90,8 @@ def test_an_autoregressive_judge_pays_for_words_and_ends(tokenizer):
     texts = ["the cat", "the cat sees a dog .", ""]
     assert np.allclose(judge.nats(texts), [n * math.log(len(tokenizer) - 1) for n in (3, 7, 1)])
     with pytest.raises(UserError, match="1 texts are longer than the 12 tokens of the judge uniform"):
-        judge.nats(["the " * 12, "a"])
+        judge.nats(["the " * 13, "a"])
+    assert judge.nats(["the " * 12])[0] == pytest.approx(13 * math.log(len(tokenizer) - 1))  # fills it, and ends
     prompted = AutoregressiveModel(len(tokenizer), **sizes, **ends, max_prompt_length=4)
     with pytest.raises(UserError, match="trained with prompts"):
         AutoregressiveJudge(prompted, tokenizer)
