@@ -133,7 +133,8 @@ def eval_control(
         "model": model, "data": data, "judges": judge, "judge_data": judge_data, "steps": steps, "targets": targets,
         "each": each, "plain": plain, "seed": seed, "batch_size": batch_size, "temperature": temperature,
         "classifier": classifier, "strength": strength, "guidance": guidance, "scorer_data": scorer_data,
-        "label": label, "lexicon": lexicon, "prompts": len([prompt for prompt in asked if prompt is not None]), "controls": rows,
+        "label": label, "lexicon": lexicon, "prompts": len([prompt for prompt in asked if prompt is not None]),
+        "controls": rows,
         "run": environment(pipe, time.monotonic() - start),
     }  # fmt: skip
     text = json.dumps(figures, indent=None if as_json else 1, ensure_ascii=False)

@@ -200,7 +200,7 @@ def test_prompts_are_read_as_the_run_read_them_or_as_told(run, tmp_path, pipe):
     alone = ["eval", tmp_path / "model", "--data", folder, *options, "--judge-data", folder]
     assert "conditional" in strict(evaluated(*alone, "--separator", "||"))
     result = CliRunner().invoke(app, list(map(str, alone)))
-    assert "name --separator" in result.stderr
+    assert "with --separator" in result.stderr
     assert "conditional" not in strict(result.stdout)
 
 

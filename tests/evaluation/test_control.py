@@ -21,7 +21,6 @@ from embdiff.evaluation.control import (
     Sample,
     Sampling,
     Trial,
-    check_judges,
     cost,
     draw_trials,
     ended,
@@ -39,7 +38,7 @@ from embdiff.evaluation.control import (
     slots,
     weakest,
 )
-from embdiff.evaluation.judges import cross_entropy
+from embdiff.evaluation.judges import check_judges, cross_entropy
 from embdiff.evaluation.scorer import Scorer
 from embdiff.guidance import ClassifierFreeGuidance, ClassifierGuidance, Length, Lexical, TopP
 from embdiff.guidance.classifier import NoisyClassifier
