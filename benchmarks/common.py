@@ -74,6 +74,11 @@ def machine() -> str:
     return f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {device}"
 
 
+def failure(error: BaseException) -> str:
+    """What went wrong, in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
 def write(path: Path, figures: dict[str, Any]) -> None:
     """Prints the figures and keeps them, with the machine."""
     keep(path, figures)

@@ -373,7 +373,7 @@ def ensure_classifier(
 
 def pairs(path: Path) -> list[tuple[str, str]]:
     """Meanings and texts of lines `meaning||text`."""
-    return [(source.strip(), text.strip()) for source, text in (line.split("||") for line in texts(path))]
+    return [(example.prompt or "", example.text) for example in read_examples(str(path), separator="||")]
 
 
 def attributes(path: Path) -> list[Example]:

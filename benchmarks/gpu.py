@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import typer
-from common import keep, write
+from common import failure, keep, write
 from peers import Machine, flops, training_flops
 from speed import VOCABULARY, graphs, pipeline, recorded, seconds_of
 from torch import Tensor
@@ -344,11 +344,6 @@ def peak(run: Callable[[], object]) -> float:
     run()
     torch.cuda.synchronize()
     return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
-
-
-def failure(error: BaseException) -> str:
-    """What went wrong, in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 import torch
 import typer
-from common import generators, keep, write
+from common import failure, generators, keep, write
 from peers import Machine, Naive, Tight, flops, generate, waiting
 
 from embdiff import ops, vocabulary
@@ -242,7 +242,7 @@ def race(cells: list[Cell], rounds: int, longest: float, deadline: float) -> Tim
                 run()
                 run()
             except Exception as error:  # it costs its own figures alone
-                left_out.append((cell, " ".join(f"{type(error).__name__}: {error}".split())[:200]))
+                left_out.append((cell, failure(error)))
             else:
                 ready.append((cell, run))
     turns = list[list[float]]()

@@ -119,7 +119,7 @@ class Diffusion(Objective):
         batch = self.mixture.apply(batch, generator)
         noise = generator.standard_normal((*batch.ids.shape, self.model.dim), dtype=np.float32)
         weight = share(batch.target(), mine)
-        batch = sent(batch.take(mine), device)
+        batch = batch.take(mine).to(device)
         gamma = sent(torch.from_numpy(self.fit.schedule.gamma(t[mine])).float(), device)
         eps = sent(torch.from_numpy(noise[mine]), device)
         if config.objective == "ce":
@@ -249,7 +249,7 @@ class Autoregressive(BaselineObjective):
         # Up to the longest text, in quarters of the full length, since each width is compiled apart.
         quarter = -(-batch.ids.shape[1] // 4)
         width = quarter * -(-int(charged[mine].sum(1).max()) // quarter)
-        batch = sent(replace(batch, ids=batch.ids[:, :width]), self.accelerator.device)
+        batch = replace(batch, ids=batch.ids[:, :width]).to(self.accelerator.device)
         return -self.model.log_probs(batch, self.network).sum() / charged[mine].sum(), weight
 
     @torch.no_grad()
@@ -278,7 +278,7 @@ class Masked(BaselineObjective):
         batch = self.mixture.apply(batch, generator)
         quantiles = generator.random(batch.ids.shape, dtype=np.float32)
         weight = share(batch.target(), mine)
-        batch = sent(batch.take(mine), device)
+        batch = batch.take(mine).to(device)
         times, numbers = (sent(torch.from_numpy(x[mine]).float(), device) for x in (t, quantiles))
         return self.model.loss(batch, times, numbers, self.network), weight
 

@@ -51,17 +51,17 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _update(self, params: list[nn.Parameter], lr: float, momentum: float, weight_decay: float) -> None:
-        directions = []
-        for p in params:
+        rows, columns = params[0].shape
+        directions = params[0].new_empty(len(params), rows, columns)
+        for p, direction in zip(params, directions, strict=True):
             assert p.grad is not None
             state = self.state[p]
             if not state:
                 state["momentum"] = torch.zeros_like(p)
             average = state["momentum"].lerp_(p.grad, 1 - momentum)
-            directions.append(p.grad.lerp(average, momentum))
-        rows, columns = params[0].shape
+            torch.lerp(p.grad, average, momentum, out=direction)
         scale = 0.2 * max(rows, columns) ** 0.5
-        for p, direction in zip(params, orthogonalise(torch.stack(directions), self.dtype), strict=True):
+        for p, direction in zip(params, orthogonalise(directions, self.dtype), strict=True):
             p.mul_(1 - lr * weight_decay).add_(direction, alpha=-lr * scale)
 
 
@@ -74,14 +74,15 @@ def orthogonalise(matrices: Tensor, dtype: torch.dtype = torch.float32, steps: i
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
-    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
+    # Contiguous, and sums by baddbmm: a view or a sum apart costs as much as a product does.
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype).contiguous()
     gram = x @ x.mT
     if dtype is torch.float32 and x.shape[-1] >= 2 * x.shape[-2]:
         # All factors are polynomials of the first G: they commute, and X itself is needed at the end only. Half the
         # work for a long matrix; in bf16 G's small eigenvalues would be noise.
         product = torch.eye(len(gram[0]), dtype=dtype, device=x.device)
         for left in reversed(range(steps)):
-            factor = b * gram + c * gram @ gram
+            factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
             factor.diagonal(dim1=-2, dim2=-1).add_(a)
             product = factor @ product
             gram = factor @ (factor @ gram) if left else gram
@@ -89,7 +90,7 @@ def orthogonalise(matrices: Tensor, dtype: torch.dtype = torch.float32, steps: i
     else:
         for _ in range(steps):
             gram = x @ x.mT
-            x = a * x + (b * gram + c * gram @ gram) @ x
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     x = x.to(matrices.dtype)
     result: Tensor = x.mT if tall else x
     return result

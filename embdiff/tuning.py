@@ -23,7 +23,7 @@ import numpy as np
 from embdiff.data import Example
 from embdiff.errors import UserError
 from embdiff.evaluation.ngram import NGram
-from embdiff.evaluation.samples import draw
+from embdiff.evaluation.samples import FEWEST, draw
 from embdiff.schedulers import EmbeddingScheduler, with_solver
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ SOLVERS: tuple[tuple[str, dict[str, Any]], ...] = (
 TEMPERATURES = (0.5, 0.76)
 POWERS = (0.8, 1.2, 1.5)
 BATCH = 48
-FEWEST = 8  # texts: below that a judge says nothing, and a scheduler would be chosen by chance
 
 
 class Trial(NamedTuple):

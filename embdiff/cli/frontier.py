@@ -69,7 +69,7 @@ def frontier(
     quiet()
     from embdiff.evaluation import frontier as frontiers
     from embdiff.evaluation import report as reports
-    from embdiff.evaluation.samples import as_written, some
+    from embdiff.evaluation.samples import as_written, endable, some
     from embdiff.schedulers import scheduler_class
 
     for name in solver:
@@ -79,9 +79,7 @@ def frontier(
     valid, train, seen = real_texts(model, data, judge_data, reading=reading)
     note_prompts(pipe, valid)
     (judged,) = named_judges([judge], pipe, train, valid)
-    limit = int(pipe.denoiser.config.max_length)
-    tokens = pipe.tokenizer([example.text for example in valid], add_special_tokens=False, verbose=False)["input_ids"]
-    valid = [example for example, ids in zip(valid, tokens, strict=True) if len(ids) < limit]
+    valid = endable(pipe, valid)
     if len(valid) < samples:
         raise UserError(
             f"{len(valid)} held-out texts that the model can end for {samples} samples: entropies of as many are "

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +25,8 @@ from embdiff import vocabulary
 from embdiff.errors import UserError
 from embdiff.evaluation import metrics
 from embdiff.evaluation.judges import Judge, cross_entropy
-from embdiff.evaluation.samples import draw
+from embdiff.evaluation.report import scheduler_options
+from embdiff.evaluation.samples import outputs
 from embdiff.evaluation.scorer import Scorer
 from embdiff.guidance import ClassifierGuidance, Guidance, Length, Lexical
 from embdiff.guidance.language import Sentences
@@ -88,18 +89,15 @@ class Sampling:
         self, pipe: TextDiffusionPipeline, prompts: Sequence[str | None], seed: int, *guidance: Guidance
     ) -> list[Sample]:
         """One for each prompt; seed: of the first one, counted from `self.seed` on."""
-        tokens: list[int] = []
-
-        def counted(*arguments: Any, **options: Any) -> Any:
-            out: Any = pipe(*arguments, **options)
-            tokens.extend(len(vocabulary.before_end(pipe.tokenizer, ids)) for ids in out.sequences.tolist())
-            return out
-
-        texts = draw(
-            cast("TextDiffusionPipeline", counted), prompts, seed=self.seed + seed, batch_size=self.batch_size,
-            num_inference_steps=self.steps, guidance=guidance, **self.options,
+        drawn = outputs(
+            pipe, prompts, seed=self.seed + seed, batch_size=self.batch_size, num_inference_steps=self.steps,
+            guidance=guidance, **self.options,
         )  # fmt: skip
-        return list(map(Sample, texts, tokens))
+        return [
+            Sample(text, len(vocabulary.before_end(pipe.tokenizer, ids)))
+            for output in drawn
+            for text, ids in zip(output.texts, output.sequences.tolist(), strict=True)
+        ]
 
 
 class Kept:
@@ -154,8 +152,8 @@ def draw_trials(
 
 def fingerprint(pipe: TextDiffusionPipeline) -> str:
     """A hash of what samples depend on beside the call: weights, tokenizer, solver, temperature."""
-    scheduler = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
-    rest = [vocabulary.fingerprint(pipe.tokenizer), type(pipe.scheduler).__name__, sorted(scheduler.items(), key=repr)]
+    solver = sorted(scheduler_options(pipe.scheduler).items(), key=repr)
+    rest = [vocabulary.fingerprint(pipe.tokenizer), solver]
     digest = blake2b(repr([*rest, pipe.config.temperature]).encode(), digest_size=8)
     parts: list[Any] = [pipe.denoiser, *(pipe.classifiers[name] for name in sorted(pipe.classifiers))]
     for part in parts:

@@ -25,7 +25,7 @@ from embdiff.evaluation.judges import Judge, check_judges, cross_entropy
 from embdiff.evaluation.likelihood import PASSES, TOLERANCE, Likelihood, bound, flow_bound
 from embdiff.evaluation.mauve import divergence
 from embdiff.evaluation.ngram import NGram
-from embdiff.evaluation.samples import as_written, draw, some
+from embdiff.evaluation.samples import FEWEST, as_written, draw, endable, some
 from embdiff.noise import noise_schedule
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from embdiff.pipeline import TextDiffusionPipeline
 
 Figures = dict[str, Any]
-FEWEST = 8  # texts: below that entropies and distances say nothing
 REVERSE_ORDER = 5
 LIBRARIES = ("embdiff", "torch", "transformers", "tokenizers", "diffusers", "numpy", "scipy", "sacrebleu")
 
@@ -100,10 +99,9 @@ def evaluate(
     if references is not None and not protocol.samples:
         raise UserError(f"references are for samples, and there are none: draw {FEWEST} or more")
     start = time.monotonic()
-    limit = int(pipe.denoiser.config.max_length)
-    tokens = pipe.tokenizer([example.text for example in valid], add_special_tokens=False, verbose=False)["input_ids"]
-    short = [example for example, ids in zip(valid, tokens, strict=True) if len(ids) < limit]
+    short = endable(pipe, valid)
     if len(short) < FEWEST:
+        limit = pipe.denoiser.config.max_length
         long = f" beside {len(valid) - len(short)} longer than the model's {limit} tokens"
         raise UserError(
             f"{len(short)} texts are too few to evaluate with{long if len(short) < len(valid) else ''}: "

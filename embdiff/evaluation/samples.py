@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -12,9 +12,11 @@ from embdiff import vocabulary
 from embdiff.errors import UserError
 
 if TYPE_CHECKING:
+    from embdiff.data import Example
     from embdiff.pipeline import TextDiffusionPipeline
 
 Item = TypeVar("Item")
+FEWEST = 8  # texts: below that entropies, distances and judges say nothing
 
 
 def draw(
@@ -32,17 +34,29 @@ def draw(
     seeds: of each text, in place of those. options: of the pipeline's call; guidance with options for each text has
     them for all. advance: told how many texts were drawn.
     """
-    texts: list[str] = []
+    drawn = outputs(pipe, prompts, seed=seed, seeds=seeds, batch_size=batch_size, advance=advance, **options)
+    return [text for output in drawn for text in output.texts]
+
+
+def outputs(
+    pipe: TextDiffusionPipeline,
+    prompts: Sequence[str | None],
+    *,
+    seed: int = 0,
+    seeds: Sequence[int] | None = None,
+    batch_size: int = 50,
+    advance: Callable[[int], None] = lambda texts: None,
+    **options: Any,
+) -> Iterator[Any]:
+    """What `draw` takes texts from: the pipeline's output for each batch."""
     modules = options.pop("guidance", ())
     seeds = range(seed, seed + len(prompts)) if seeds is None else seeds
     for start in range(0, len(prompts), batch_size):
         part: Any = prompts[start : start + batch_size]
         generators = [torch.Generator().manual_seed(each) for each in seeds[start : start + batch_size]]
         guidance = [module.for_samples(start, start + len(part), len(prompts)) for module in modules]
-        out: Any = pipe(part, generator=generators, guidance=guidance, **options)
-        texts += out.texts
+        yield pipe(part, generator=generators, guidance=guidance, **options)
         advance(len(part))
-    return texts
 
 
 def as_written(tokenizer: Any, texts: Sequence[str], max_length: int | None = None) -> list[str]:
@@ -50,8 +64,20 @@ def as_written(tokenizer: Any, texts: Sequence[str], max_length: int | None = No
 
     max_length: of the model in tokens; longer texts are left out, as it could not end them.
     """
-    tokens = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    tokens = _tokens(tokenizer, texts)
     return [vocabulary.decode(tokenizer, ids) for ids in tokens if max_length is None or len(ids) < max_length]
+
+
+def endable(pipe: TextDiffusionPipeline, examples: Sequence[Example]) -> list[Example]:
+    """The examples with texts that the model can end: shorter than its positions."""
+    limit = int(pipe.denoiser.config.max_length)
+    tokens = _tokens(pipe.tokenizer, [example.text for example in examples])
+    return [example for example, ids in zip(examples, tokens, strict=True) if len(ids) < limit]
+
+
+def _tokens(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    found = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    return cast(list[list[int]], found)
 
 
 def some(texts: Sequence[Item], count: int, seed: int = 0) -> list[Item]:
