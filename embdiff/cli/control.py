@@ -112,7 +112,7 @@ def eval_control(
     success = clean if scorer is None or label is None else scored(scorer, label)
     pipe = load_pipeline(model, device, dtype, compile)
     set_scheduler(pipe, scheduler)
-    valid, train, _ = real_texts(model, data, judge_data, needed=True)
+    valid, train, sources = real_texts(model, data, judge_data)
     real, asked = [example.text for example in valid], prompts_of(pipe, prompts, valid, targets)
     judges = named_judges(judge, pipe, train, valid)
     check_judges(judges, pipe, real)
@@ -130,11 +130,10 @@ def eval_control(
         ratio, *quartiles = cost(pipe, demands[row["control"]], sampling)
         row |= {"cost": ratio, "cost_quartiles": quartiles}
     figures = {
-        "model": model, "data": data, "judges": judge, "judge_data": judge_data, "steps": steps, "targets": targets,
-        "each": each, "plain": plain, "seed": seed, "batch_size": batch_size, "temperature": temperature,
-        "classifier": classifier, "strength": strength, "guidance": guidance, "scorer_data": scorer_data,
-        "label": label, "lexicon": lexicon, "prompts": len([prompt for prompt in asked if prompt is not None]),
-        "controls": rows,
+        "model": model, **sources, "judges": judge, "steps": steps, "targets": targets, "each": each, "plain": plain,
+        "seed": seed, "batch_size": batch_size, "temperature": temperature, "classifier": classifier,
+        "strength": strength, "guidance": guidance, "scorer_data": scorer_data, "label": label, "lexicon": lexicon,
+        "prompts": len([prompt for prompt in asked if prompt is not None]), "controls": rows,
         "run": environment(pipe, time.monotonic() - start),
     }  # fmt: skip
     text = json.dumps(figures, indent=None if as_json else 1, ensure_ascii=False)

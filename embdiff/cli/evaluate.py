@@ -98,18 +98,15 @@ def evaluate(
     )
     pipe = load_pipeline(model, device, dtype, compile)
     set_scheduler(pipe, scheduler)
-    valid, train, seen = real_texts(model, data, judge_data, needed=samples > 0, reading=reading)
+    valid, train, sources = real_texts(model, data, judge_data, needed=samples > 0, reading=reading)
     note_prompts(pipe, valid)
     answers = None if references is None else read_references(model, references, reading)
     judges = named_judges(judge, pipe, train, valid) if samples else []
     with shown() as advance:
         figures = report.evaluate(pipe, valid, judges, protocol, train=train, references=answers, advance=advance)
     figures = {
-        "model": model, "data": data or "the run's validation texts", "seen_in_training": seen,
-        "judges": judge if samples else [],
-        "judge_data": judge_data or ("the run's training texts" if train else None),
-        "seen_by_judges": overlap(valid, train), "references": None if references is None else str(references),
-        **reading._asdict(), **figures,
+        "model": model, **sources, "judges": judge if samples else [],
+        "references": None if references is None else str(references), **figures,
     }  # fmt: skip
     drawn = figures.pop("texts", [])
     if as_json:
@@ -123,11 +120,12 @@ def evaluate(
 
 def real_texts(
     model: str, data: str | None, judge_data: str | None, needed: bool = True, reading: Reading = Reading()
-) -> tuple[list[Example], list[str], int | None]:
-    """Held-out examples, texts for judges, and how many of the first the model was trained on; None = nobody knows.
+) -> tuple[list[Example], list[str], dict[str, Any]]:
+    """Held-out examples, texts for judges, and where they are from, as JSON has it.
 
     Both are those of the run where no others are named; there are no texts for judges where there is no run, or no
-    need.
+    need. That the model was trained on held-out examples, or judges know them, is remarked on; where there is no run,
+    nobody knows.
     """
     own, train = None, list[str]()
     if data is None or run_config(model) is not None:
@@ -142,10 +140,16 @@ def real_texts(
     elif own is not None and needed:
         train = [example.text for example in own.train]
     seen = None if own is None else overlap(valid, [example.text for example in own.train])
-    for count, whose in ((seen, "training"), (overlap(valid, train) if judge_data else 0, "judge's")):
+    known = overlap(valid, train)
+    for count, whose in ((seen, "training"), (known if judge_data else 0, "judge's")):
         if count:
             print(f"{count} of {len(valid)} held-out texts are among the {whose} texts too", file=sys.stderr)
-    return valid, train, seen
+    sources = {
+        "data": data or "the run's validation texts", "seen_in_training": seen,
+        "judge_data": judge_data or ("the run's training texts" if train else None), "seen_by_judges": known,
+        **reading._asdict(),
+    }  # fmt: skip
+    return valid, train, sources
 
 
 def overlap(examples: list[Example], texts: list[str]) -> int:

@@ -76,7 +76,7 @@ def frontier(
         if name != "own":
             scheduler_class(name)
     pipe = load_pipeline(model, device, dtype, compile)
-    valid, train, seen = real_texts(model, data, judge_data, reading=reading)
+    valid, train, sources = real_texts(model, data, judge_data, reading=reading)
     note_prompts(pipe, valid)
     (judged,) = named_judges([judge], pipe, train, valid)
     valid = endable(pipe, valid)
@@ -113,9 +113,7 @@ def frontier(
     )
     if as_json:
         figures = {
-            "model": model, "data": data or "the run's validation texts", "seen_in_training": seen,
-            "judge": judge, "judge_data": judge_data or ("the run's training texts" if train else None),
-            **reading._asdict(),
+            "model": model, **sources, "judge": judge,
             "samples": samples, "seed": seed, "batch_size": batch_size, "cfg_scale": cfg_scale, **options,
             "solvers": {name: reports.scheduler_options(made) for name, made in
                         frontiers.schedulers(pipe, solver).items()},

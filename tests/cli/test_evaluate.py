@@ -102,6 +102,7 @@ def test_frontier_compares_samplers_with_as_many_real_texts(run, tmp_path):
     assert found["real"]["solver"] == "real"
     assert {"versions", "dtype", "scheduler"} <= set(found["run"])
     assert found["length_bias"] == 1.0
+    assert (found["data"], found["seen_by_judges"]) == ("the run's validation texts", 0)
     assert picture.read_text().count("</svg>") == 1
     shown = evaluated("frontier", run, *options, "--overwrite").splitlines()
     rows = [line.split() for line in shown[1:-1]]
