@@ -69,6 +69,7 @@ class TrainConfig:
     window: float = 0.6
     draws: int = 1
     filter_ramp: int = 300
+    transitions: int = 0
 
     dtype: str = "auto"
     compile: bool | None = None
@@ -178,17 +179,18 @@ CHOICES = {
 }
 LOWEST = {
     "max_length": 2, "max_prompt_length": 1, "batch_size": 1, "accumulate": 1, "draws": 1, "save_every": 1, "keep": 1,
-    "validate_every": 1, "log_every": 1, "seed": 0, "warmup": 0, "filter_ramp": 0, "previews": 0, "weight_decay": 0,
+    "validate_every": 1, "log_every": 1, "seed": 0, "warmup": 0, "filter_ramp": 0, "transitions": 0, "previews": 0,
+    "weight_decay": 0,
 }  # fmt: skip
 # Options that only some objectives look at: diffusion, and all that look at texts through noise or a mask.
-DIFFUSION_ONLY = ("dim", "schedule", "self_condition", "drop_prompt", "filter_ramp")
+DIFFUSION_ONLY = ("dim", "schedule", "self_condition", "drop_prompt", "filter_ramp", "transitions")
 NOISY_ONLY = ("infill", "window", "draws")
 LARGEST = 2**63 - 1  # torch's seeds and sizes are 64-bit
 # What decides the weights of a run beside data and model: a resumed run must have the same.
 DECISIVE = (
     "tokenizer", "vocab_size", "min_count", "on_long",
     "optimizer", "objective", "schedule", "seed", "batch_size", "accumulate", "draws", "window", "self_condition",
-    "drop_prompt", "dropout", "infill", "filter_ramp",
+    "drop_prompt", "dropout", "infill", "filter_ramp", "transitions",
 )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from embdiff import ops
 from embdiff.errors import UserError
 from embdiff.noise import alpha_sigma, expand_gamma
 from embdiff.space import EmbeddingSpace
+from embdiff.transitions import Transitions
 
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"dim": 32, "width": 128, "depth": 4, "heads": 4},
@@ -123,6 +124,7 @@ class Denoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]
         max_length: target positions that the model is trained for.
         max_prompt_length: prompt positions that it is trained for, 0 = none.
         condition_width: of the vector that carries gamma to every layer.
+        transition_rank: of the scores of neighbouring tokens with which texts are rounded (`Transitions`); 0 = none.
     """
 
     _supports_gradient_checkpointing = True
@@ -138,6 +140,7 @@ class Denoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]
         max_length: int = 64,
         max_prompt_length: int = 0,
         condition_width: int = 128,
+        transition_rank: int = 0,
     ) -> None:
         super().__init__()
         self.space = EmbeddingSpace(vocab_size, dim)
@@ -153,6 +156,7 @@ class Denoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]
         nn.init.zeros_(self.embed_self_cond.weight)
         nn.init.zeros_(self.final.weight)
         nn.init.normal_(self.head.weight, std=0.02)
+        self.transitions = Transitions(vocab_size, transition_rank) if transition_rank else None
 
     @property
     def dim(self) -> int:

@@ -22,10 +22,12 @@ from embdiff.noise import Array, NoiseSchedule, corrupt
 
 
 class Loss(NamedTuple):
-    """total: the scalar to minimise; cross_entropy: [B], detached, nats per target position."""
+    """total: the scalar to minimise; cross_entropy: [B], detached, nats per target position; features: [B, L, W + D],
+    that the prediction was made of, detached."""
 
     total: Tensor
     cross_entropy: Tensor
+    features: Tensor
 
 
 class Network(NamedTuple):
@@ -49,7 +51,7 @@ def cross_entropy(
     """
     h = features(denoiser, batch, denoiser.space.embed(batch.ids), gamma, noise, 1 + self_condition, network)
     nats = ops.cross_entropy(h, denoiser.output_weight(), batch.ids)
-    return Loss(mean_over_target(nats, batch), cross_entropies(nats, batch))
+    return Loss(mean_over_target(nats, batch), cross_entropies(nats, batch), h.detach())
 
 
 def variational_loss(
@@ -71,7 +73,7 @@ def variational_loss(
     diffusion = diffusion_terms(denoiser, h, x, gamma, density)
     with torch.no_grad():
         nats = ops.cross_entropy(h, denoiser.output_weight(), batch.ids)
-    return Loss(mean_over_target(diffusion, batch), cross_entropies(nats, batch))
+    return Loss(mean_over_target(diffusion, batch), cross_entropies(nats, batch), h.detach())
 
 
 def mixed_loss(
@@ -89,7 +91,25 @@ def mixed_loss(
     h = features(denoiser, batch, x, gamma, noise, 1 + self_condition, network)
     nats = ops.cross_entropy(h, denoiser.output_weight(), batch.ids)
     diffusion = diffusion_terms(denoiser, h, x.detach(), gamma, density)
-    return Loss(mean_over_target(nats + diffusion, batch), cross_entropies(nats, batch))
+    return Loss(mean_over_target(nats + diffusion, batch), cross_entropies(nats, batch), h.detach())
+
+
+def transition_loss(denoiser: Denoiser, features: Tensor, batch: Batch, rows: Tensor) -> Tensor:
+    """[R]: -log p(text | z) per position under the chain of `Transitions`, for some rows [R] of a batch.
+
+    features: [B, L, W + D], taken as constants: the chain learns what the denoiser's posteriors leave to it. What is
+    given as context is certain.
+    """
+    assert denoiser.transitions is not None
+    ids = batch.ids[rows]
+    logits = denoiser.logits(features[rows]).detach().float()
+    if batch.known is not None:
+        given = torch.full_like(logits, -GIVEN).scatter_(-1, ids[..., None], 0.0)
+        logits = torch.where(batch.known[rows][..., None], given, logits)
+    return denoiser.transitions.nats(logits, ids)
+
+
+GIVEN = 1e4  # nats against any other token
 
 
 def diffusion_terms(denoiser: Denoiser, h: Tensor, x: Tensor, gamma: Tensor, density: Tensor) -> Tensor:

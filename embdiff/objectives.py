@@ -109,7 +109,7 @@ class Diffusion(Objective):
 
     def new_model(self, shape: Mapping[str, int]) -> Denoiser:
         """A denoiser with its initial weights."""
-        return cast(Denoiser, Denoiser(**shape, **self.config.shape))
+        return cast(Denoiser, Denoiser(**shape, **self.config.shape, transition_rank=self.config.transitions))
 
     def loss(self, batch: Batch, mine: slice, step: int, generator: np.random.Generator) -> tuple[Tensor, float]:
         """At noise levels in strata of the fitted schedule."""
@@ -131,7 +131,12 @@ class Diffusion(Objective):
         if batch.ids.shape[1] == config.max_length:
             # The schedule is fitted to what sampling sees: whole texts.
             self.pending.append((gamma, loss.cross_entropy))
-        return loss.total, weight
+        if self.model.transitions is None or step % EVERY:
+            return loss.total, weight
+        rows = rows_for_transitions(t)
+        own = rows[(rows >= mine.start) & (rows < mine.stop)] - mine.start
+        nats = losses.transition_loss(self.model, loss.features, batch, sent(torch.from_numpy(own), device))
+        return loss.total + nats.sum() / max(1, len(rows)) / weight, weight  # their mean over all processes
 
     def nats(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """The variational bound."""
@@ -297,6 +302,17 @@ def strata(batch: Batch, generator: np.random.Generator) -> NDArray[np.float64]:
     rows = len(batch.ids)
     t = (np.arange(rows) + generator.random(rows)) / rows
     return t.reshape(batch.draws, -1).T.reshape(-1)
+
+
+# Transitions are learned in one of so many steps, which is enough, and cheap; at times up to 0.3, where texts are
+# rounded in 4 steps or more; from so many rows.
+EVERY, ROUNDED_BELOW, ROWS = 8, 0.3, 8
+
+
+def rows_for_transitions(t: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Some of the rows at low noise, spread over it."""
+    low = np.flatnonzero(t < ROUNDED_BELOW)
+    return low[:: -(-len(low) // ROWS) or 1]
 
 
 def share(target: Tensor, mine: slice) -> float:

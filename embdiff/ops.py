@@ -226,6 +226,32 @@ def _by_blocks(
     return mean / cold, ends / (plain * (best - top).exp_() + ends.sum(1, keepdim=True))
 
 
+def most_probable(
+    h: Tensor,
+    weight: Tensor,
+    count: int,
+    keep: Sequence[int] | Tensor = (),
+    tilts: Sequence[Tilting] = (),
+    bans: Sequence[Tilting] = (),
+) -> tuple[Tensor, Tensor]:
+    """The highest logits [.., K] of features h [.., H], and their tokens [.., K], in row chunks.
+
+    count: K. keep, tilts, bans: as in `expectation`; tokens that are kept apart are not changed.
+    """
+    found = list[tuple[Tensor, Tensor]]()
+    rows, weight, ids = h.reshape(-1, h.shape[-1]), weight.to(h.dtype), torch.as_tensor(keep, device=h.device).long()
+    for start, chunk in zip(range(0, len(rows), CHUNK), torch.split(rows, CHUNK), strict=True):
+        logits = F.linear(chunk, weight).float()
+        if tilts or bans:
+            kept = logits[:, ids]
+            changed = tilted(logits.index_fill(1, ids, -torch.inf), start, bans, tilts)[1]
+            logits = changed.index_copy(1, ids, kept)
+        top = logits.topk(count, -1)
+        found.append((top.values, top.indices))
+    scores, tokens = (torch.cat(column).reshape(*h.shape[:-1], count) for column in zip(*found, strict=True))
+    return scores, tokens
+
+
 def highest(logits: Tensor, classes: Classes) -> tuple[Tensor, Tensor]:
     """The highest of the logits [.., V] in each class [.., C], and the token that has it [.., C]."""
     groups = torch.split(classes.order, list(classes.sizes))

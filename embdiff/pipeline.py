@@ -228,7 +228,7 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
                 if callback_on_step_end is not None:
                     changed = callback_on_step_end(self, i, t, {"latents": z, "x0": x0})
                     if changed and "latents" in changed:
-                        z, predictor.rows = changed["latents"], None  # there may be text anywhere
+                        z, predictor.rows, predictor.seen = changed["latents"], None, None  # anything may be there
                 progress.update()
 
         return self._finished(predictor, z, output_type, return_dict)
@@ -254,6 +254,8 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
     ) -> Tensor | None:
         """The last latents, by a recorded loop where there is one for this device and run; else None."""
         if not isinstance(solver, EmbeddingScheduler) or not isinstance(noise, DeviceNoise):
+            return None
+        if self.denoiser.transitions is not None:  # they round by features, which a recorded loop keeps to itself
             return None
         from embdiff.loop import Loops, fits
 

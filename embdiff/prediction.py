@@ -23,6 +23,7 @@ from embdiff.errors import UserError
 from embdiff.guidance.automaton import Automaton, Shares, aligned
 from embdiff.guidance.base import Branch, Combine, Constraint, Gradient, Guidance, Part, Run, Tilt, Veto, Words
 
+IMPOSSIBLE = 1e4  # nats against a token where another one is certain
 BARRED = 1e9  # nats: no mass is left beside any other word, and a constraint may ask for it all the same
 
 
@@ -51,6 +52,17 @@ class Plan(NamedTuple):
     def automaton(self) -> Automaton | None:
         """That of the strongest demands."""
         return self.demands[-1][0] if self.demands else None
+
+
+class Seen(NamedTuple):
+    """What the last prediction was made of, from which a text is rounded with `Transitions`.
+
+    features: [B, L, H], or [R, H] of the positions `rows`; see `Predictor.rows`.
+    """
+
+    features: Tensor
+    rows: Tensor | None
+    changes: Changes
 
 
 class Changes(NamedTuple):
@@ -97,6 +109,7 @@ class Predictor:
         shaped = any(isinstance(part, Tilt | Constraint | Veto) for part in self.parts)
         self.kept = kept if temperature != 1.0 or quantile is not None or length_bias or shaped else ()
         self.skip_padding = skip_padding and bool(self.kept)
+        self.seen: Seen | None = None  # where texts are rounded with transitions
         self.rows: Tensor | None = None  # [R], b L + l of the positions that are looked at; None = all
         self.draw_above = draw_above
         self.length_bias = length_bias
@@ -125,6 +138,7 @@ class Predictor:
         pairs = list(zip(plan.branches, others, strict=True))
         main = combined(main, [(branch.combine, h) for branch, h in pairs if branch.space == "logits"])
         changes = self._changes(plan, self_cond)
+        self.seen = self._seen(main, pairs, plan, changes)
         posterior = self._posterior(main, plan, changes)
         means = [
             (branch, self._posterior(h, plan, changes, branch.denoiser)) for branch, h in pairs if branch.space == "x0"
@@ -181,10 +195,34 @@ class Predictor:
 
     def _nearest(self, z: Tensor) -> Tensor:
         """Of all texts that fulfil the constraints."""
+        if self.seen is not None:
+            return self._most_probable(self.seen)
         if self.automaton is None:
             return ops.argmax(z, self.table)  # see `EmbeddingSpace.round`
         best = ops.class_max(z, self.table, self.automaton.classes)
         return self._best(self.automaton, *best, z @ self.kept_embeddings.T)
+
+    def _seen(self, main: Tensor, pairs: Sequence[tuple[Branch, Tensor]], plan: Plan, changes: Changes) -> Seen | None:
+        """What there is to round from, where transitions can do so: constraints, vetoes and gradients know x0 alone."""
+        if self.denoiser.transitions is None or self.automaton is not None or self.vetoes or plan.gradients:
+            return None
+        # Those that combine means do so with features here: of means there are no probabilities of words.
+        others = [(b.combine, h) for b, h in pairs if b.space == "x0" and b.denoiser is None]
+        return Seen(combined(main, others), self.rows, changes)
+
+    def _most_probable(self, seen: Seen) -> Tensor:
+        """The most probable text [B, L] under the chain of the denoiser's transitions."""
+        transitions = self.denoiser.transitions
+        assert transitions is not None
+        weight = self.outputs[self.denoiser].weight
+        scores, tokens = ops.most_probable(seen.features, weight, transitions.candidates, self.kept_ids, *seen.changes)
+        B, L, K = self.run.samples, self.run.length, transitions.candidates
+        if seen.rows is not None:  # the others are padding
+            elsewhere = scores.new_full((B * L, K), -IMPOSSIBLE)
+            elsewhere[:, 0] = 0.0
+            scores = elsewhere.index_copy(0, seen.rows, scores)
+            tokens = tokens.new_full((B * L, K), self.kept[0]).index_copy(0, seen.rows, tokens)
+        return transitions.best(scores.view(B, L, K), tokens.view(B, L, K))
 
     def _nearest_by(self, products: Tensor, rows: Tensor) -> Tensor:
         """The same for some samples, by the products [R, L, V] of latents and embeddings."""

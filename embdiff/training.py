@@ -325,7 +325,7 @@ class Trainer:
 
     def _new_optimizers(self) -> list[torch.optim.Optimizer]:
         config = self.config
-        embedding = [self.model.space.weight]
+        embedding = [self.model.space.weight, *self._transitions()]
         matrices = [p for name, p in self.model.blocks.named_parameters() if "modulation" not in name]
         special = {id(p) for p in embedding + matrices}
         others = [p for p in self.model.parameters() if id(p) not in special]
@@ -344,6 +344,9 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["base_lr"] = group["lr"]
         return optimizers
+
+    def _transitions(self) -> list[Tensor]:
+        return [p for p, name in self.names.items() if name.startswith("transitions.")]
 
     def _compile(self) -> None:
         """Lets the objective call compiled passes, where that is wanted and possible."""
@@ -411,7 +414,8 @@ class Trainer:
             torch.autograd.backward(loss * weight / config.accumulate)
             self.recent.append(loss.detach() * weight)
         self._share_gradients()
-        clip_grad_norm_(self.model.parameters(), config.clip)
+        apart = {id(p) for p in self._transitions()}  # what they learn changes nothing else
+        clip_grad_norm_([p for p in self.model.parameters() if id(p) not in apart], config.clip)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

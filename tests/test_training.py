@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from embdiff import baselines, checkpoint, losses, training
+from embdiff import baselines, checkpoint, losses, objectives, training
 from embdiff.baselines import BASELINES
 from embdiff.batches import encode
 from embdiff.config import TrainConfig, read_config
@@ -75,7 +76,9 @@ def stop_after(steps: int):
     return lambda: next(calls) >= steps
 
 
-@pytest.mark.parametrize(("prompted", "options"), [(False, {}), (True, {}), (True, {"dropout": 0.2, "draws": 4})])
+@pytest.mark.parametrize(
+    ("prompted", "options"), [(False, {"transitions": 4}), (True, {}), (True, {"dropout": 0.2, "draws": 4})]
+)
 def test_a_stopped_and_resumed_run_ends_with_the_same_weights(tmp_path, prompted, options):
     data, config = corpus(prompted), small(**options)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -87,6 +90,21 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_weights(tmp_path, prompted
     for name, tensor in weights(whole).items():
         assert torch.equal(tensor, weights(parts)[name]), name
     assert isinstance(load(str(whole)).scheduler, RenoiseScheduler if prompted else UniPCScheduler)
+
+
+@pytest.mark.parametrize("objective", ["ce", "mixed"])
+def test_transitions_are_learned_and_nothing_else_learns_otherwise(tmp_path, monkeypatch, objective):
+    monkeypatch.setattr(objectives, "EVERY", 2)
+    data = corpus(prompted=False)
+    config = small(objective=objective, infill=0.5, max_steps=12)
+    train(config, tmp_path / "without", corpus=data)
+    train(replace(config, transitions=4), tmp_path / "with", corpus=data)
+    found = weights(tmp_path / "with")
+    assert found.pop("transitions.right").abs().max() > 0
+    assert found.pop("transitions.left").shape[1] == 4
+    for name, tensor in weights(tmp_path / "without").items():
+        assert torch.equal(tensor, found.pop(name)), name
+    assert not found
 
 
 def test_a_run_that_dies_between_checkpoints_ends_with_the_same_weights(tmp_path):

@@ -260,7 +260,8 @@ def test_the_command_prints_a_table_and_writes_json(model, tmp_path):
     assert "lexical" in result.stdout
     found = json.loads((tmp_path / "control.json").read_text())
     assert [row["control"] for row in found["controls"]] == ["tokens", "words", "lexical"]
-    assert found["data"] == found["judge_data"] and found["seen_by_judges"] == len(REAL)
+    assert found["data"] == found["judge_data"]
+    assert found["seen_by_judges"] == len(REAL)
     assert all(row["success"] == 1.0 and row["cost"] > 0 for row in found["controls"])
     with pytest.raises(UserError, match="exists"):
         run(*model, "--output", tmp_path / "control.json")
