@@ -226,6 +226,9 @@ def _by_blocks(
     return mean / cold, ends / (plain * (best - top).exp_() + ends.sum(1, keepdim=True))
 
 
+FAINTEST = -1e4  # a logit that no other outweighs
+
+
 def most_probable(
     h: Tensor,
     weight: Tensor,
@@ -233,10 +236,13 @@ def most_probable(
     keep: Sequence[int] | Tensor = (),
     tilts: Sequence[Tilting] = (),
     bans: Sequence[Tilting] = (),
+    among: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The highest logits [.., K] of features h [.., H], and their tokens [.., K], in row chunks.
 
-    count: K. keep, tilts, bans: as in `expectation`; tokens that are kept apart are not changed.
+    count: K. keep, tilts, bans: as in `expectation`; tokens that are kept apart are not changed. among: classes of the
+    tokens [V], and of each row [R]: a row's tokens outside of its class have -inf, those in it at least FAINTEST,
+    whatever is banned.
     """
     found = list[tuple[Tensor, Tensor]]()
     rows, weight, ids = h.reshape(-1, h.shape[-1]), weight.to(h.dtype), torch.as_tensor(keep, device=h.device).long()
@@ -246,6 +252,10 @@ def most_probable(
             kept = logits[:, ids]
             changed = tilted(logits.index_fill(1, ids, -torch.inf), start, bans, tilts)[1]
             logits = changed.index_copy(1, ids, kept)
+        if among is not None:
+            of_tokens, of_rows = among
+            outside = of_tokens != of_rows[start : start + len(chunk), None]
+            logits = logits.clamp(min=FAINTEST).masked_fill(outside, -torch.inf)
         top = logits.topk(count, -1)
         found.append((top.values, top.indices))
     scores, tokens = (torch.cat(column).reshape(*h.shape[:-1], count) for column in zip(*found, strict=True))

@@ -195,33 +195,45 @@ class Predictor:
 
     def _nearest(self, z: Tensor) -> Tensor:
         """Of all texts that fulfil the constraints."""
-        if self.seen is not None:
+        if self.automaton is None and self.seen is not None:
             return self._most_probable(self.seen)
         if self.automaton is None:
             return ops.argmax(z, self.table)  # see `EmbeddingSpace.round`
         best = ops.class_max(z, self.table, self.automaton.classes)
-        return self._best(self.automaton, *best, z @ self.kept_embeddings.T)
+        choice, ids = self._best(self.automaton, *best, z @ self.kept_embeddings.T)
+        return ids if self.seen is None else self._most_probable(self.seen, choice, ids)
 
     def _seen(self, main: Tensor, pairs: Sequence[tuple[Branch, Tensor]], plan: Plan, changes: Changes) -> Seen | None:
-        """What there is to round from, where transitions can do so: constraints, vetoes and gradients know x0 alone."""
-        if self.denoiser.transitions is None or self.automaton is not None or self.vetoes or plan.gradients:
+        """What there is to round from, where transitions can do so: vetoes and gradients know x0 alone."""
+        if self.denoiser.transitions is None or self.vetoes or plan.gradients:
             return None
         # Those that combine means do so with features here: of means there are no probabilities of words.
         others = [(b.combine, h) for b, h in pairs if b.space == "x0" and b.denoiser is None]
         return Seen(combined(main, others), self.rows, changes)
 
-    def _most_probable(self, seen: Seen) -> Tensor:
-        """The most probable text [B, L] under the chain of the denoiser's transitions."""
+    def _most_probable(self, seen: Seen, choice: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
+        """The most probable text [B, L] under the chain of the denoiser's transitions.
+
+        choice: the class of each position [B, L] in a text `ids` that fulfils the constraints, for then every text of
+        these classes does.
+        """
         transitions = self.denoiser.transitions
         assert transitions is not None
         weight = self.outputs[self.denoiser].weight
-        scores, tokens = ops.most_probable(seen.features, weight, transitions.candidates, self.kept_ids, *seen.changes)
+        among = None
+        if self.automaton is not None and choice is not None:
+            wanted = choice.flatten() if seen.rows is None else choice.flatten()[seen.rows]
+            among = self.automaton.class_of_tokens(len(weight), self.kept_ids.flip(0)), wanted
+        scores, tokens = ops.most_probable(
+            seen.features, weight, transitions.candidates, self.kept_ids, *seen.changes, among
+        )
         B, L, K = self.run.samples, self.run.length, transitions.candidates
-        if seen.rows is not None:  # the others are padding
+        if seen.rows is not None:  # the others are padding, or what constraints made of it
             elsewhere = scores.new_full((B * L, K), -IMPOSSIBLE)
             elsewhere[:, 0] = 0.0
             scores = elsewhere.index_copy(0, seen.rows, scores)
-            tokens = tokens.new_full((B * L, K), self.kept[0]).index_copy(0, seen.rows, tokens)
+            others = tokens.new_full((B * L,), self.kept[0]) if ids is None else ids.flatten()
+            tokens = others[:, None].repeat(1, K).index_copy(0, seen.rows, tokens.flatten(0, -2))
         return transitions.best(scores.view(B, L, K), tokens.view(B, L, K))
 
     def _nearest_by(self, products: Tensor, rows: Tensor) -> Tensor:
@@ -229,15 +241,16 @@ class Predictor:
         if self.automaton is None:
             return products.argmax(-1)
         highest = ops.highest(products, self.automaton.classes)
-        return self._best(self.automaton.rows(rows), *highest, products[..., self.kept_ids])
+        return self._best(self.automaton.rows(rows), *highest, products[..., self.kept_ids])[1]
 
-    def _best(self, automaton: Automaton, highest: Tensor, tokens: Tensor, kept: Tensor) -> Tensor:
+    def _best(self, automaton: Automaton, highest: Tensor, tokens: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """The class of each position and the token [B, L] of the text with the largest sum."""
         padding, end = kept.unbind(-1)
         choice, score = automaton.best(Shares(highest, end, padding))
         if not bool(score.isfinite().all()):
             raise UserError(self._impossible())
         ends = self.kept_ids.flip(0).expand(*choice.shape, 2)
-        return torch.cat([tokens, ends], -1).gather(-1, choice[..., None])[..., 0]
+        return choice, torch.cat([tokens, ends], -1).gather(-1, choice[..., None])[..., 0]
 
     def _impossible(self) -> str:
         causes = [part.cause for part in self.parts if isinstance(part, Constraint | Veto)]

@@ -1,5 +1,7 @@
 """The chain against sums and maxima over all texts, and what rounding makes of it."""
 
+import math
+from dataclasses import replace
 from itertools import pairwise, product
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from embdiff import TextDiffusionPipeline, losses, ops
 from embdiff.batches import Batch
 from embdiff.denoiser import Denoiser
-from embdiff.guidance import Length, TopK
+from embdiff.guidance import Length, Lexical, NoRepeatNgram, TopK
 from embdiff.guidance.base import Run
 from embdiff.pipeline import load
 from embdiff.prediction import Changes, Predictor, Seen
@@ -138,9 +140,38 @@ def test_positions_that_are_looked_at_no_more_are_padding(chained):
     assert (found.flatten()[[3, 4, 5, 8, 9, 10, 11]] == chained.tokenizer.pad_token_id).all()
 
 
-def test_exact_control_and_changed_latents_are_rounded_without_them(chained, pipe):
+@pytest.mark.parametrize("guidance", [[Length(words=5)], [Length(words=(3, 6)), Lexical(["dog"], ["the", "house"])]])
+@pytest.mark.parametrize("max_gamma", [math.inf, 0.0])
+def test_exact_control_holds_for_a_chain(chained, guidance, max_gamma):
+    """Also where it acts late, or what it asks for lies in what was taken for padding."""
+    guidance = [replace(module, max_gamma=max_gamma) for module in guidance]
+    options = {"num_inference_steps": 4, "guidance": guidance}
+    together = chained(num_samples=6, generator=seeds(*range(6)), **options).texts
+    for i, text in enumerate(together):
+        words = text.split()
+        assert len(words) == 5 if len(guidance) == 1 else "dog" in words
+        assert len(guidance) == 1 or not {"the", "house"} & set(words)
+        assert chained(generator=seeds(i), **options).texts == [text]
+
+
+def test_a_chain_changes_tokens_within_their_classes_alone(chained):
+    run = Run(chained.denoiser, chained.tokenizer, 4, 8)
+    kept = (chained.tokenizer.pad_token_id, chained.tokenizer.eos_token_id)
+    module = Lexical(["dog"], ["the"])
+    predictor = Predictor(run, [module], kept=kept, temperature=0.5)
+    z = torch.randn(4, 8, chained.denoiser.dim)
+    alone = predictor.round(z)
+    predictor.seen = Seen(torch.randn(4, 8, chained.denoiser.output_weight().shape[1]), None, Changes([], []))
+    found = predictor.round(z)
+    classes = predictor.automaton.class_of_tokens(len(chained.tokenizer), predictor.kept_ids.flip(0))
+    assert not torch.equal(found, alone)
+    assert torch.equal(classes[found], classes[alone])
+    assert (classes[alone] >= 0).all()
+
+
+def test_vetoes_and_changed_latents_are_rounded_without_a_chain(chained, pipe):
     for options in (
-        {"guidance": [Length(tokens=5)]},
+        {"guidance": [NoRepeatNgram(1)]},
         {"callback_on_step_end": lambda pipe, step, t, state: {"latents": state["latents"]}},
     ):
         one, two = (p(num_samples=3, num_inference_steps=3, generator=seeds(0, 1, 2), **options).texts

@@ -174,6 +174,14 @@ class Automaton:
         classes = torch.arange(len(self.sizes), device=device)
         return classes.repeat_interleave(torch.tensor(self.sizes, device=device))[self.order.argsort()]
 
+    def class_of_tokens(self, vocabulary: int, ends: Tensor) -> Tensor:
+        """[V]: the class of each token, as in `best`: C for the first of `ends`, the end of text, C + 1 for the other,
+        padding; -1 for what no text may have."""
+        found = torch.full((vocabulary,), -1, device=self.order.device)
+        found[self.order.sort().values] = self._class_of_each()
+        found[ends] = len(self.sizes) + torch.arange(len(ends), device=ends.device)
+        return found
+
     def rows(self, index: Tensor) -> Automaton:
         """For some of the samples."""
         return replace(self, accepts=self.accepts[index])
