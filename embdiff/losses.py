@@ -23,7 +23,7 @@ from embdiff.noise import Array, NoiseSchedule, corrupt
 
 class Loss(NamedTuple):
     """total: the scalar to minimise; cross_entropy: [B], detached, nats per target position; features: [B, L, W + D],
-    that the prediction was made of, detached."""
+    that the prediction was made of."""
 
     total: Tensor
     cross_entropy: Tensor
@@ -51,7 +51,7 @@ def cross_entropy(
     """
     h = features(denoiser, batch, denoiser.space.embed(batch.ids), gamma, noise, 1 + self_condition, network)
     nats = ops.cross_entropy(h, denoiser.output_weight(), batch.ids)
-    return Loss(mean_over_target(nats, batch), cross_entropies(nats, batch), h.detach())
+    return Loss(mean_over_target(nats, batch), cross_entropies(nats, batch), h)
 
 
 def variational_loss(
@@ -73,7 +73,7 @@ def variational_loss(
     diffusion = diffusion_terms(denoiser, h, x, gamma, density)
     with torch.no_grad():
         nats = ops.cross_entropy(h, denoiser.output_weight(), batch.ids)
-    return Loss(mean_over_target(diffusion, batch), cross_entropies(nats, batch), h.detach())
+    return Loss(mean_over_target(diffusion, batch), cross_entropies(nats, batch), h)
 
 
 def mixed_loss(
@@ -91,7 +91,7 @@ def mixed_loss(
     h = features(denoiser, batch, x, gamma, noise, 1 + self_condition, network)
     nats = ops.cross_entropy(h, denoiser.output_weight(), batch.ids)
     diffusion = diffusion_terms(denoiser, h, x.detach(), gamma, density)
-    return Loss(mean_over_target(nats + diffusion, batch), cross_entropies(nats, batch), h.detach())
+    return Loss(mean_over_target(nats + diffusion, batch), cross_entropies(nats, batch), h)
 
 
 def transition_loss(denoiser: Denoiser, features: Tensor, batch: Batch, rows: Tensor) -> Tensor:
@@ -102,14 +102,12 @@ def transition_loss(denoiser: Denoiser, features: Tensor, batch: Batch, rows: Te
     """
     assert denoiser.transitions is not None
     ids = batch.ids[rows]
-    logits = denoiser.logits(features[rows]).detach().float()
+    with torch.no_grad():
+        logits = denoiser.logits(features[rows]).float()
     if batch.known is not None:
-        given = torch.full_like(logits, -GIVEN).scatter_(-1, ids[..., None], 0.0)
+        given = torch.full_like(logits, ops.FAINTEST).scatter_(-1, ids[..., None], 0.0)
         logits = torch.where(batch.known[rows][..., None], given, logits)
     return denoiser.transitions.nats(logits, ids)
-
-
-GIVEN = 1e4  # nats against any other token
 
 
 def diffusion_terms(denoiser: Denoiser, h: Tensor, x: Tensor, gamma: Tensor, density: Tensor) -> Tensor:

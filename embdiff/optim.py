@@ -76,10 +76,10 @@ def orthogonalise(matrices: Tensor, dtype: torch.dtype = torch.float32, steps: i
     x = matrices.mT if tall else matrices
     # Contiguous, and sums by baddbmm: a view or a sum apart costs as much as a product does.
     x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype).contiguous()
-    gram = x @ x.mT
     if dtype is torch.float32 and x.shape[-1] >= 2 * x.shape[-2]:
         # All factors are polynomials of the first G: they commute, and X itself is needed at the end only. Half the
         # work for a long matrix; in bf16 G's small eigenvalues would be noise.
+        gram = x @ x.mT
         product = torch.eye(len(gram[0]), dtype=dtype, device=x.device)
         for left in reversed(range(steps)):
             factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)

@@ -23,7 +23,6 @@ from embdiff.errors import UserError
 from embdiff.guidance.automaton import Automaton, Shares, aligned
 from embdiff.guidance.base import Branch, Combine, Constraint, Gradient, Guidance, Part, Run, Tilt, Veto, Words
 
-IMPOSSIBLE = 1e4  # nats against a token where another one is certain
 BARRED = 1e9  # nats: no mass is left beside any other word, and a constraint may ask for it all the same
 
 
@@ -57,12 +56,14 @@ class Plan(NamedTuple):
 class Seen(NamedTuple):
     """What the last prediction was made of, from which a text is rounded with `Transitions`.
 
-    features: [B, L, H], or [R, H] of the positions `rows`; see `Predictor.rows`.
+    features: [B, L, H], or [R, H] of the positions `rows`; see `Predictor.rows`. others: of branches that combine
+    means, which do so with features here: of means there are no probabilities of words.
     """
 
     features: Tensor
     rows: Tensor | None
     changes: Changes
+    others: Sequence[tuple[Combine, Tensor]] = ()
 
 
 class Changes(NamedTuple):
@@ -195,10 +196,8 @@ class Predictor:
 
     def _nearest(self, z: Tensor) -> Tensor:
         """Of all texts that fulfil the constraints."""
-        if self.automaton is None and self.seen is not None:
-            return self._most_probable(self.seen)
-        if self.automaton is None:
-            return ops.argmax(z, self.table)  # see `EmbeddingSpace.round`
+        if self.automaton is None:  # see `EmbeddingSpace.round`
+            return ops.argmax(z, self.table) if self.seen is None else self._most_probable(self.seen)
         best = ops.class_max(z, self.table, self.automaton.classes)
         choice, ids = self._best(self.automaton, *best, z @ self.kept_embeddings.T)
         return ids if self.seen is None else self._most_probable(self.seen, choice, ids)
@@ -207,9 +206,8 @@ class Predictor:
         """What there is to round from, where transitions can do so: vetoes and gradients know x0 alone."""
         if self.denoiser.transitions is None or self.vetoes or plan.gradients:
             return None
-        # Those that combine means do so with features here: of means there are no probabilities of words.
         others = [(b.combine, h) for b, h in pairs if b.space == "x0" and b.denoiser is None]
-        return Seen(combined(main, others), self.rows, changes)
+        return Seen(main, self.rows, changes, others)
 
     def _most_probable(self, seen: Seen, choice: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
         """The most probable text [B, L] under the chain of the denoiser's transitions.
@@ -224,12 +222,11 @@ class Predictor:
         if self.automaton is not None and choice is not None:
             wanted = choice.flatten() if seen.rows is None else choice.flatten()[seen.rows]
             among = self.automaton.class_of_tokens(len(weight), self.kept_ids.flip(0)), wanted
-        scores, tokens = ops.most_probable(
-            seen.features, weight, transitions.candidates, self.kept_ids, *seen.changes, among
-        )
+        h = combined(seen.features, seen.others)
+        scores, tokens = ops.most_probable(h, weight, transitions.candidates, self.kept_ids, *seen.changes, among)
         B, L, K = self.run.samples, self.run.length, transitions.candidates
         if seen.rows is not None:  # the others are padding, or what constraints made of it
-            elsewhere = scores.new_full((B * L, K), -IMPOSSIBLE)
+            elsewhere = scores.new_full((B * L, K), ops.FAINTEST)
             elsewhere[:, 0] = 0.0
             scores = elsewhere.index_copy(0, seen.rows, scores)
             others = tokens.new_full((B * L,), self.kept[0]) if ids is None else ids.flatten()

@@ -245,6 +245,8 @@ class Trainer:
         self.window = Window.fitting(self.train_set, 0.0 if self.objective.whole else config.window)
         self.dtype = self._dtype()
         self.names = {p: name for name, p in self.model.named_parameters()}
+        # Transitions apart, so that what they learn changes nothing else.
+        self.clipped = {p: name for p, name in self.names.items() if not name.startswith("transitions.")}
         self.optimizers = self._new_optimizers()
         self.ema = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         self.progress = Progress()
@@ -325,7 +327,7 @@ class Trainer:
 
     def _new_optimizers(self) -> list[torch.optim.Optimizer]:
         config = self.config
-        embedding = [self.model.space.weight, *self._transitions()]
+        embedding = [self.model.space.weight, *(p for p in self.names if p not in self.clipped)]
         matrices = [p for name, p in self.model.blocks.named_parameters() if "modulation" not in name]
         special = {id(p) for p in embedding + matrices}
         others = [p for p in self.model.parameters() if id(p) not in special]
@@ -344,9 +346,6 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["base_lr"] = group["lr"]
         return optimizers
-
-    def _transitions(self) -> list[Tensor]:
-        return [p for p, name in self.names.items() if name.startswith("transitions.")]
 
     def _compile(self) -> None:
         """Lets the objective call compiled passes, where that is wanted and possible."""
@@ -414,8 +413,7 @@ class Trainer:
             torch.autograd.backward(loss * weight / config.accumulate)
             self.recent.append(loss.detach() * weight)
         self._share_gradients()
-        apart = {id(p) for p in self._transitions()}  # what they learn changes nothing else
-        clip_grad_norm_([p for p in self.model.parameters() if id(p) not in apart], config.clip)
+        clip_grad_norm_(list(self.clipped), config.clip)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

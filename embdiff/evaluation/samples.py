@@ -19,23 +19,9 @@ Item = TypeVar("Item")
 FEWEST = 8  # texts: below that entropies, distances and judges say nothing
 
 
-def draw(
-    pipe: TextDiffusionPipeline,
-    prompts: Sequence[str | None],
-    *,
-    seed: int = 0,
-    seeds: Sequence[int] | None = None,
-    batch_size: int = 50,
-    advance: Callable[[int], None] = lambda texts: None,
-    **options: Any,
-) -> list[str]:
-    """One text for each prompt (None = from nothing); text i comes from seed + i, whatever its batch.
-
-    seeds: of each text, in place of those. options: of the pipeline's call; guidance with options for each text has
-    them for all. advance: told how many texts were drawn.
-    """
-    drawn = outputs(pipe, prompts, seed=seed, seeds=seeds, batch_size=batch_size, advance=advance, **options)
-    return [text for output in drawn for text in output.texts]
+def draw(pipe: TextDiffusionPipeline, prompts: Sequence[str | None], **options: Any) -> list[str]:
+    """One text for each prompt; options: of `outputs`."""
+    return [text for output in outputs(pipe, prompts, **options) for text in output.texts]
 
 
 def outputs(
@@ -48,7 +34,12 @@ def outputs(
     advance: Callable[[int], None] = lambda texts: None,
     **options: Any,
 ) -> Iterator[Any]:
-    """What `draw` takes texts from: the pipeline's output for each batch."""
+    """The pipeline's output for each batch of prompts (None = from nothing); text i comes from seed + i, whatever its
+    batch.
+
+    seeds: of each text, in place of those. options: of the pipeline's call; guidance with options for each text has
+    them for all. advance: told how many texts were drawn.
+    """
     modules = options.pop("guidance", ())
     seeds = range(seed, seed + len(prompts)) if seeds is None else seeds
     for start in range(0, len(prompts), batch_size):

@@ -170,15 +170,19 @@ class Automaton:
 
     def _class_of_each(self) -> Tensor:
         """The class of each token, in the order of their ids."""
+        return self._class_in_order()[self.order.argsort()]
+
+    def _class_in_order(self) -> Tensor:
+        """The class of each token of `order`."""
         device = self.order.device
         classes = torch.arange(len(self.sizes), device=device)
-        return classes.repeat_interleave(torch.tensor(self.sizes, device=device))[self.order.argsort()]
+        return classes.repeat_interleave(torch.tensor(self.sizes, device=device))
 
     def class_of_tokens(self, vocabulary: int, ends: Tensor) -> Tensor:
         """[V]: the class of each token, as in `best`: C for the first of `ends`, the end of text, C + 1 for the other,
         padding; -1 for what no text may have."""
         found = torch.full((vocabulary,), -1, device=self.order.device)
-        found[self.order.sort().values] = self._class_of_each()
+        found[self.order] = self._class_in_order()
         found[ends] = len(self.sizes) + torch.arange(len(ends), device=ends.device)
         return found
 
