@@ -54,6 +54,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "table schedule": {"schedule": "table"},
     "loss: bound": {"objective": "vlb"},
     "loss: both": {"objective": "mixed"},
+    "no transitions": {"transitions": 0},
     "infill 0.3": {"infill": 0.3},
     "filter from the start": {"filter_ramp": 0},
     "no average": {"ema": 0.0},

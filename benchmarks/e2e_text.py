@@ -53,7 +53,7 @@ def main(
     """Trains, evaluates, prints the figures and adds them to --results; samples go into the run's folder."""
     config = TrainConfig(
         data=str(data / "train.txt"), validation=str(data / "valid.txt"), tokenizer="word", min_count=11,
-        size=size, max_length=64, batch_size=batch_size, infill=0.0, save_every=200,
+        size=size, max_length=64, batch_size=batch_size, infill=0.0, window=0.9, save_every=200,
         max_steps=max_steps, max_time=None if max_steps else seconds(max_time),
     )  # fmt: skip
     pipe = trained(output, config, publish=ship)

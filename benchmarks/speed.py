@@ -38,6 +38,7 @@ from embdiff.baselines import MaskedModel
 from embdiff.batches import Prompts
 from embdiff.cli.common import dtype as precision
 from embdiff.cli.common import quiet, reuse_memory
+from embdiff.config import TrainConfig
 from embdiff.denoiser import SIZES, Denoiser
 from embdiff.guidance import ClassifierFreeGuidance
 from embdiff.noise import GumbelSchedule
@@ -134,7 +135,8 @@ def pipeline(
     """Ours, with random weights."""
     torch.manual_seed(0)
     tokenizer = vocabulary.train_word([" ".join(f"w{i}" for i in range(words - 4))], min_count=1)
-    denoiser = Denoiser(len(tokenizer), max_length=length, max_prompt_length=16, **SIZES[size])
+    shape = SIZES[size] | {"transition_rank": TrainConfig().transitions}
+    denoiser = Denoiser(len(tokenizer), max_length=length, max_prompt_length=16, **shape)
     schedule = GumbelSchedule.initial(denoiser.dim, len(tokenizer)).config()
     pipe = TextDiffusionPipeline(denoiser, tokenizer, RenoiseScheduler(noise_schedule=schedule))
     pipe.set_progress_bar_config(disable=True)

@@ -69,7 +69,7 @@ class TrainConfig:
     window: float = 0.6
     draws: int = 1
     filter_ramp: int = 300
-    transitions: int = 0
+    transitions: int = 64
 
     dtype: str = "auto"
     compile: bool | None = None

@@ -205,6 +205,19 @@ def argmax(h: Tensor, weight: Tensor) -> Tensor:
     return index.gather(0, top.argmax(0, keepdim=True))[0].view(h.shape[:-1])
 
 
+@on_its_device
+def best_path(scores: Tensor, pairs: Tensor) -> Tensor:
+    """`ops.best_path`, a program for each text."""
+    B, L, K = scores.shape
+    back = torch.empty((B, L, K), device=scores.device, dtype=torch.int32)
+    path = torch.empty((B, L), device=scores.device, dtype=torch.int64)
+    _best_path[(B,)](
+        scores.float().contiguous(), pairs.float().contiguous(), back, path, L,
+        K=K, SIZE=max(16, int(triton.next_power_of_2(K))), num_warps=4,
+    )  # fmt: skip
+    return path
+
+
 def splits(rows: int, vocabulary: int, of: Tile, device: torch.device) -> int:
     """Parts of the vocabulary: as many as keep the whole GPU busy at once, of two tiles at least, and all alike."""
     tiles, processors = -(-vocabulary // of.words), _processors(device)
@@ -440,3 +453,26 @@ def _argmax(h, weight, top, index, R, V, split, H: tl.constexpr, ROWS: tl.conste
         best = tl.maximum(best, higher)
     tl.store(top + part * R + rows, best, mask=rows < R)
     tl.store(index + part * R + rows, where, mask=rows < R)
+
+
+@triton.jit
+def _best_path(scores, pairs, back, path, L, K: tl.constexpr, SIZE: tl.constexpr):
+    k = tl.arange(0, SIZE)
+    inside = k < K
+    scores += tl.program_id(0).to(tl.int64) * L * K
+    back += tl.program_id(0).to(tl.int64) * L * K
+    pairs += tl.program_id(0).to(tl.int64) * (L - 1) * K * K
+    path += tl.program_id(0).to(tl.int64) * L
+    of_both = inside[:, None] & inside[None, :]
+    total = tl.load(scores + k, mask=inside, other=float("-inf"))
+    for here in range(1, L):
+        reached = tl.load(pairs + (here - 1) * K * K + k[:, None] * K + k[None, :], mask=of_both, other=float("-inf"))
+        reached += total[:, None]
+        tl.store(back + here * K + k, tl.argmax(reached, 0).to(tl.int32), mask=inside)
+        total = tl.max(reached, 0) + tl.load(scores + here * K + k, mask=inside, other=float("-inf"))
+    tl.debug_barrier()  # what one thread stored others load
+    choice = tl.argmax(total, 0).to(tl.int32)
+    for left in range(1, L):
+        tl.store(path + L - left, choice.to(tl.int64))
+        choice = tl.load(back + (L - left) * K + choice)
+    tl.store(path, choice.to(tl.int64))

@@ -112,8 +112,8 @@ class Loop:
         self.graph: Any = None
         self.recordable = True
 
-    def __call__(self, inputs: Inputs) -> Tensor:
-        """z [B, L, D] after the last step; the next call overwrites it."""
+    def __call__(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """z [B, L, D] after the last step, and the features [B, L, H] it was made of; the next call overwrites both."""
         self._take(inputs)
         if self.graph is None:
             return self._steps()
@@ -147,13 +147,13 @@ class Loop:
         forget_workspaces()
         self.graph, self.found = graph, found
 
-    def _steps(self) -> Tensor:
+    def _steps(self) -> tuple[Tensor, Tensor]:
         lengths = kernels.Lengths(self.inputs.quantile, self.inputs.ends)
         z = self.noise_scale * kernels.normal(self.inputs.seeds, 0, self.length, self.dim)
         before = before_that = nothing = torch.zeros_like(z)
         draw = 1
         for i, row in enumerate(self.rows):
-            found, scale = self._parts(z, i, before, nothing)
+            found, scale, h = self._parts(z, i, before, nothing)
             z_next, x0 = torch.empty_like(z), torch.empty_like(z)
             kernels.step(
                 found, z, (before, before_that), self.numbers[i], lengths, self.inputs.seeds, draw if row.s else -1,
@@ -161,10 +161,13 @@ class Loop:
             )  # fmt: skip
             draw += bool(row.s)
             z, before, before_that = z_next, x0, before if i else x0
-        return z
+        if scale is not None:
+            h = self.branches[self.plan_of_step[-1]][0].combine(*h.chunk(2))
+        return z, h
 
-    def _parts(self, z: Tensor, i: int, last: Tensor, nothing: Tensor) -> tuple[kernels.Parts, float | None]:
-        """The posterior of a step under all its branches, and their scale where they are combined afterwards."""
+    def _parts(self, z: Tensor, i: int, last: Tensor, nothing: Tensor) -> tuple[kernels.Parts, float | None, Tensor]:
+        """The posterior of a step under all its branches, their scale where they are combined afterwards, and the
+        features [B, L, H], of branches too [2 B, L, H], that it was made of."""
         plan = self.plan_of_step[i]
         given = [last, *(last if branch.self_conditioned else nothing for branch in self.branches[plan])]
         level = self.levels[i].expand(len(given) * len(z))
@@ -176,7 +179,7 @@ class Loop:
             else:
                 scale = branch.scale
         weight, table = self.inputs.weight, self.inputs.table
-        return kernels.parts(h.flatten(0, 1), weight, table, self.temperature, self.ends), scale
+        return kernels.parts(h.flatten(0, 1), weight, table, self.temperature, self.ends), scale, h
 
 
 class Loops:
@@ -199,8 +202,8 @@ class Loops:
         ends: tuple[int, int],
         seeds: Tensor,
         noise_scale: float = 1.0,
-    ) -> Tensor:
-        """z [B, L, D] after all steps, for seeds [B]; the other arguments are those of `Loop`."""
+    ) -> tuple[Tensor, Tensor]:
+        """What a `Loop` finds for seeds [B]; the other arguments are its own."""
         B, device = len(seeds), seeds.device
         plans, of_step = distinct(predictor, gammas)
         positions = sum(1 + len(plans[k].branches) for k in of_step) * B * predictor.run.length
@@ -229,7 +232,8 @@ class Loops:
             elif device.type == "cuda":
                 self._record(self.kept[key])
             self.kept.move_to_end(key)
-            return self.kept[key](inputs)[:B].clone()
+            z, features = self.kept[key](inputs)
+            return z[:B].clone(), features[:B].clone()
 
     def _record(self, loop: Loop) -> None:
         """Records a loop that wasn't, if it can be: where one runs out of memory others may fit, but no other failure

@@ -102,12 +102,17 @@ def transition_loss(denoiser: Denoiser, features: Tensor, batch: Batch, rows: Te
     """
     assert denoiser.transitions is not None
     ids = batch.ids[rows]
-    with torch.no_grad():
-        logits = denoiser.logits(features[rows]).float()
-    if batch.known is not None:
-        given = torch.full_like(logits, ops.FAINTEST).scatter_(-1, ids[..., None], 0.0)
-        logits = torch.where(batch.known[rows][..., None], given, logits)
-    return denoiser.transitions.nats(logits, ids)
+    with torch.autocast(features.device.type, enabled=False):  # sums over texts are of numbers far apart
+        with torch.no_grad():
+            h = features[rows]
+            weight = denoiser.output_weight().to(h.dtype)
+            scores, tokens = ops.most_probable(h, weight, denoiser.transitions.candidates)
+            own = (h.float() * weight[ids].float()).sum(-1)
+        if batch.known is not None:
+            known = batch.known[rows]
+            scores = scores.masked_fill(known[..., None], ops.FAINTEST)
+            own = own.masked_fill(known, 0.0)
+        return denoiser.transitions.nats(scores, tokens, own, ids)
 
 
 def diffusion_terms(denoiser: Denoiser, h: Tensor, x: Tensor, gamma: Tensor, density: Tensor) -> Tensor:

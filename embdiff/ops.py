@@ -23,6 +23,7 @@ from torch import Tensor
 
 TRITON = find_spec("triton") is not None
 CHUNK = 256  # rows of logits held at a time
+MOST = 2**26  # numbers of each kind held at a time on a GPU
 BLOCK = 1024  # rows and words of logits held at a time, where a running maximum will do; of few rows, more words
 LOG2_E = 1 / math.log(2)
 FAINT = 1e-3  # how much of its share a class keeps, for constraints alone, where tilts leave it no word
@@ -237,29 +238,81 @@ def most_probable(
     tilts: Sequence[Tilting] = (),
     bans: Sequence[Tilting] = (),
     among: tuple[Tensor, Tensor] | None = None,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """The highest logits [.., K] of features h [.., H], and their tokens [.., K], in row chunks.
 
-    count: K. keep, tilts, bans: as in `expectation`; tokens that are kept apart are not changed. among: classes of the
-    tokens [V], and of each row [R]: a row's tokens outside of its class have -inf, those in it at least FAINTEST,
-    whatever is banned.
+    count: K. keep, tilts, bans, temperature: as in `changed`. among: classes of the tokens [V], and of each row [R]: a
+    row's tokens outside of its class have -inf, those in it at least FAINTEST, whatever is banned; where tilts leave
+    its class no word, the row is as it was before them.
     """
     found = list[tuple[Tensor, Tensor]]()
     rows, weight, ids = h.reshape(-1, h.shape[-1]), weight.to(h.dtype), torch.as_tensor(keep, device=h.device).long()
-    for start, chunk in zip(range(0, len(rows), CHUNK), torch.split(rows, CHUNK), strict=True):
+    size = CHUNK if h.device.type == "cpu" else max(CHUNK, MOST // max(len(weight), count * weight.shape[1]))
+    for start, chunk in zip(range(0, max(1, len(rows)), size), torch.split(rows, size), strict=True):
         logits = F.linear(chunk, weight).float()
-        if tilts or bans:
-            kept = logits[:, ids]
-            changed = tilted(logits.index_fill(1, ids, -torch.inf), start, bans, tilts)[1]
-            logits = changed.index_copy(1, ids, kept)
+        allowed, tilted_logits = changed(logits, start, ids, tilts, bans, temperature)
         if among is not None:
             of_tokens, of_rows = among
             outside = of_tokens != of_rows[start : start + len(chunk), None]
-            logits = logits.clamp(min=FAINTEST).masked_fill(outside, -torch.inf)
-        top = logits.topk(count, -1)
-        found.append((top.values, top.indices))
+            there = has_word(tilted_logits.masked_fill(outside, -torch.inf))
+            tilted_logits = torch.where(there, tilted_logits, allowed).clamp(min=FAINTEST)
+            tilted_logits = tilted_logits.masked_fill(outside, -torch.inf)
+        top = tilted_logits.topk(count, -1)
+        # A logit in bf16 may be nats away from itself, where noise is low and logits are in the hundreds.
+        exact = (weight[top.indices].float() * chunk[:, None].float()).sum(-1)
+        found.append((top.values + exact - logits.gather(-1, top.indices), top.indices))
     scores, tokens = (torch.cat(column).reshape(*h.shape[:-1], count) for column in zip(*found, strict=True))
     return scores, tokens
+
+
+def changed(
+    logits: Tensor,
+    start: int,
+    keep: Tensor,
+    tilts: Sequence[Tilting] = (),
+    bans: Sequence[Tilting] = (),
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Logits [R, V] of rows from number `start` on, after the bans alone, and after the tilts too.
+
+    As in `expectation`, tokens that are kept apart [K] stay as probable, and words share the rest; tilts are told
+    logits at the temperature.
+    """
+    if not (tilts or bans):
+        return logits, logits
+    words = logits.index_fill(1, keep, -torch.inf)
+
+    def together(after: Tensor) -> Tensor:
+        after = temperature * after
+        lost = words.logsumexp(-1, keepdim=True) - after.logsumexp(-1, keepdim=True)
+        return (after + torch.where(lost.isfinite(), lost, 0.0)).index_copy(1, keep, logits[:, keep])
+
+    allowed, after = tilted(words / temperature, start, bans, tilts)
+    return together(allowed), together(after)
+
+
+def best_path_reference(scores: Tensor, pairs: Tensor) -> Tensor:
+    """Which of K candidates to take at each position, [B, L], so that their scores [B, L, K], and those of neighbours
+    [B, L - 1, K, K], have the largest sum (Viterbi 1967)."""
+    total, back = scores[:, 0], list[Tensor]()
+    for pair, here in zip(pairs.unbind(1), scores[:, 1:].unbind(1), strict=True):
+        reached = (total[..., None] + pair).max(1)
+        total = reached.values + here
+        back.append(reached.indices)
+    path = [total.argmax(-1, keepdim=True)]
+    for before in reversed(back):
+        path.append(before.gather(-1, path[-1]))
+    return torch.cat(path[::-1], -1)
+
+
+def best_path(scores: Tensor, pairs: Tensor) -> Tensor:
+    """`best_path_reference`, by one kernel on a GPU."""
+    if has_kernels(scores.device.type):
+        from embdiff import kernels
+
+        return kernels.best_path(scores, pairs)
+    return best_path_reference(scores, pairs)
 
 
 def highest(logits: Tensor, classes: Classes) -> tuple[Tensor, Tensor]:

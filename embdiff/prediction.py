@@ -14,6 +14,7 @@ from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from embdiff import ops
@@ -22,6 +23,7 @@ from embdiff.denoiser import Context, Denoiser
 from embdiff.errors import UserError
 from embdiff.guidance.automaton import Automaton, Shares, aligned
 from embdiff.guidance.base import Branch, Combine, Constraint, Gradient, Guidance, Part, Run, Tilt, Veto, Words
+from embdiff.transitions import Transitions
 
 BARRED = 1e9  # nats: no mass is left beside any other word, and a constraint may ask for it all the same
 
@@ -53,24 +55,38 @@ class Plan(NamedTuple):
         return self.demands[-1][0] if self.demands else None
 
 
-class Seen(NamedTuple):
-    """What the last prediction was made of, from which a text is rounded with `Transitions`.
-
-    features: [B, L, H], or [R, H] of the positions `rows`; see `Predictor.rows`. others: of branches that combine
-    means, which do so with features here: of means there are no probabilities of words.
-    """
-
-    features: Tensor
-    rows: Tensor | None
-    changes: Changes
-    others: Sequence[tuple[Combine, Tensor]] = ()
-
-
 class Changes(NamedTuple):
     """What becomes of logits in a step, see `ops.expectation`."""
 
-    tilts: list[ops.Tilting]
-    bans: list[ops.Tilting]
+    tilts: Sequence[ops.Tilting] = ()
+    bans: Sequence[ops.Tilting] = ()
+
+
+UNCHANGED = Changes()
+
+
+class Seen(NamedTuple):
+    """What the last prediction was made of, from which a text is rounded as a chain.
+
+    features: [B, L, H], or [R, H] of the positions `rows`; see `Predictor.rows`. others: of branches that combine
+    means, which do so with features here: of means there are no probabilities of words. pull: [B, L, D], what
+    gradients add to a token's logit for each unit of its embedding.
+    """
+
+    transitions: Transitions
+    features: Tensor
+    rows: Tensor | None
+    changes: Changes
+    others: Sequence[tuple[Combine, Tensor]]
+    pull: Tensor | None
+
+    def whole(self) -> Tensor:
+        """[R, H]: of branches and gradients too."""
+        h = combined(self.features, self.others).flatten(0, -2)
+        if self.pull is None:
+            return h
+        pull = self.pull.flatten(0, 1) if self.rows is None else self.pull.flatten(0, 1)[self.rows]
+        return h + F.pad(pull, (h.shape[-1] - pull.shape[-1], 0))  # the last features are multiplied by embeddings
 
 
 class Predictor:
@@ -134,12 +150,11 @@ class Predictor:
     def __call__(self, z: Tensor, gamma: float, self_cond: Tensor | None) -> Tensor:
         """x0 [B, L, D], fp32, for latents z [B, L, D] at noise level gamma, given the previous x0; None = no step was
         taken yet."""
-        plan = self.plan(gamma)
+        plan, looked_at = self.plan(gamma), self.rows
         main, others = self._features(z, gamma, self_cond, plan)
         pairs = list(zip(plan.branches, others, strict=True))
         main = combined(main, [(branch.combine, h) for branch, h in pairs if branch.space == "logits"])
         changes = self._changes(plan, self_cond)
-        self.seen = self._seen(main, pairs, plan, changes)
         posterior = self._posterior(main, plan, changes)
         means = [
             (branch, self._posterior(h, plan, changes, branch.denoiser)) for branch, h in pairs if branch.space == "x0"
@@ -153,45 +168,66 @@ class Predictor:
             # What constraints ask for is seen in the posterior only while they are active.
             seen = self.automaton is None or plan.automaton is not None
             self.rows = live(posterior.kept[..., 0]) if seen else None
-        x0 = self._x0(posterior, gamma)
-        for gradient in plan.gradients:
-            # E[x0 | z, y] = E[x0 | z] + (sigma^2 / alpha) grad log p(y | z), by Tweedie's formula under both.
-            # With alpha^2 = 1 / (1 + e^g): sigma^2 / alpha = e^g / sqrt(1 + e^g).
-            reach = math.exp(gamma) / math.sqrt(1 + math.exp(gamma))
-            x0 = x0 + reach * gradient.strength * gradient.of(z, gamma)
+        x0, pull = self._x0(posterior, gamma), None
+        if plan.gradients:
+            # E[x0 | z, y] = E[x0 | z] + (sigma^2 / alpha) grad log p(y | z), by Tweedie's formula under both. A token
+            # makes y likelier by exp(alpha <grad log p(y | z), its embedding>), to first order.
+            # With alpha^2 = 1 / (1 + e^g): sigma^2 / alpha^2 = e^g.
+            gradient = torch.stack([g.strength * g.of(z, gamma) for g in plan.gradients]).sum(0)
+            pull = gradient / math.sqrt(1 + math.exp(gamma))
+            x0 = x0 + math.exp(gamma) * pull
+        shared = [(branch.combine, h) for branch, h in pairs if branch.space == "x0" and branch.denoiser is None]
+        self.see(gamma, main, looked_at, changes, shared, pull)
         return x0
+
+    def see(
+        self,
+        gamma: float,
+        features: Tensor,
+        rows: Tensor | None = None,
+        changes: Changes = UNCHANGED,
+        others: Sequence[tuple[Combine, Tensor]] = (),
+        pull: Tensor | None = None,
+    ) -> None:
+        """What the last prediction was made of, as in `Seen`, where it is to be rounded by transitions."""
+        transitions = self.denoiser.transitions
+        if transitions is None or self._draws(gamma):
+            self.seen = None
+        else:
+            self.seen = Seen(transitions, features, rows, changes, others, pull)
 
     def round(self, z: Tensor) -> Tensor:
         """The nearest tokens [B, L] to clean latents z [B, L, D] that fulfil all constraints, and that no veto marks.
 
-        All embeddings are equally long, so the nearest text has the largest sum of products. A token that a veto marks
-        costs more than all products from then on, and the nearest text is looked for again. Where constraints want it
-        all the same, the match's other tokens cost as much, one after the other.
+        All embeddings are equally long, so the nearest text has the largest sum of products; with `Transitions` it is
+        the most probable one that is looked for. A token that a veto marks costs more than all else from then on, and
+        the text is looked for again. Where constraints want it all the same, the match's other tokens cost as much, one
+        after the other.
         """
         ids = self._nearest(z.float())
         rows = torch.arange(len(ids), device=ids.device)
         turns = torch.zeros_like(rows)
-        products = price = z.new_zeros(0)
+        scores = price = z.new_zeros(0)
         while self.vetoes:
             marked = found(self.vetoes, ids[rows])
             bad = marked.any(1)
             if not bool(bad.any()):
                 break
-            if len(products):
-                products, price = products[bad], price[bad]
+            if len(scores):
+                scores, price = scores[bad], price[bad]
             else:
-                products = z[rows[bad]].float() @ self.table.T
-                price = 1 + 2 * self.run.length * products.abs().amax((1, 2), keepdim=True)
+                scores = self._scores(z.float(), rows[bad])
+                price = 1 + 2 * self.run.length * self._highest(scores)
             rows, marked, tokens = rows[bad], marked[bad], ids[rows[bad], :, None]
-            free = products.gather(-1, tokens)[..., 0] > -price[..., 0] / 2
+            free = scores.gather(-1, tokens)[..., 0] > -price[..., 0] / 2
             stuck = ~(marked & free).any(1, keepdim=True)
             if bool(stuck.any()):
                 turns[rows] += stuck[:, 0]
                 marked = torch.where(stuck, last(members(self.vetoes, tokens[..., 0]) & free), marked)
                 if bool((turns > 2 * self.run.length).any() | ~(marked & free).any(1).all()):
                     raise UserError(self._impossible())
-            products.scatter_add_(-1, tokens, -price * (marked & free)[..., None])
-            ids[rows] = self._nearest_by(products, rows)
+            scores.scatter_add_(-1, tokens, -price * (marked & free)[..., None])
+            ids[rows] = self._nearest_by(scores, rows)
         return ids
 
     def _nearest(self, z: Tensor) -> Tensor:
@@ -202,43 +238,61 @@ class Predictor:
         choice, ids = self._best(self.automaton, *best, z @ self.kept_embeddings.T)
         return ids if self.seen is None else self._most_probable(self.seen, choice, ids)
 
-    def _seen(self, main: Tensor, pairs: Sequence[tuple[Branch, Tensor]], plan: Plan, changes: Changes) -> Seen | None:
-        """What there is to round from, where transitions can do so: vetoes and gradients know x0 alone."""
-        if self.denoiser.transitions is None or self.vetoes or plan.gradients:
-            return None
-        others = [(b.combine, h) for b, h in pairs if b.space == "x0" and b.denoiser is None]
-        return Seen(main, self.rows, changes, others)
-
     def _most_probable(self, seen: Seen, choice: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
-        """The most probable text [B, L] under the chain of the denoiser's transitions.
+        """The most probable text [B, L] under the chain.
 
         choice: the class of each position [B, L] in a text `ids` that fulfils the constraints, for then every text of
         these classes does.
         """
-        transitions = self.denoiser.transitions
-        assert transitions is not None
         weight = self.outputs[self.denoiser].weight
+        L, K = self.run.length, seen.transitions.candidates
         among = None
         if self.automaton is not None and choice is not None:
             wanted = choice.flatten() if seen.rows is None else choice.flatten()[seen.rows]
-            among = self.automaton.class_of_tokens(len(weight), self.kept_ids.flip(0)), wanted
-        h = combined(seen.features, seen.others)
-        scores, tokens = ops.most_probable(h, weight, transitions.candidates, self.kept_ids, *seen.changes, among)
-        B, L, K = self.run.samples, self.run.length, transitions.candidates
+            among = self._class_of_tokens(self.automaton), wanted
+        found = ops.most_probable(seen.whole(), weight, K, self.kept_ids, *seen.changes, among, self.temperature)
+        scores, tokens = found
         if seen.rows is not None:  # the others are padding, or what constraints made of it
-            elsewhere = scores.new_full((B * L, K), ops.FAINTEST)
+            elsewhere = scores.new_full((self.run.samples * L, K), ops.FAINTEST)
             elsewhere[:, 0] = 0.0
             scores = elsewhere.index_copy(0, seen.rows, scores)
-            others = tokens.new_full((B * L,), self.kept[0]) if ids is None else ids.flatten()
-            tokens = others[:, None].repeat(1, K).index_copy(0, seen.rows, tokens.flatten(0, -2))
-        return transitions.best(scores.view(B, L, K), tokens.view(B, L, K))
+            others = tokens.new_full((len(elsewhere),), self.kept[0]) if ids is None else ids.flatten()
+            tokens = others[:, None].repeat(1, K).index_copy(0, seen.rows, tokens)
+        return seen.transitions.best(scores.view(-1, L, K), tokens.view(-1, L, K))
 
-    def _nearest_by(self, products: Tensor, rows: Tensor) -> Tensor:
-        """The same for some samples, by the products [R, L, V] of latents and embeddings."""
-        if self.automaton is None:
-            return products.argmax(-1)
-        highest = ops.highest(products, self.automaton.classes)
-        return self._best(self.automaton.rows(rows), *highest, products[..., self.kept_ids])[1]
+    def _scores(self, z: Tensor, samples: Tensor) -> Tensor:
+        """[R, L, V]: what texts of some samples are looked for by."""
+        if self.seen is None:
+            return z[samples] @ self.table.T
+        h, weight, L = self.seen.whole().float(), self.outputs[self.denoiser].weight.float(), self.run.length
+        rows = torch.arange(len(h), device=h.device) if self.seen.rows is None else self.seen.rows
+        scores = h.new_full((len(samples), L, len(weight)), ops.FAINTEST)
+        scores[..., self.kept[0]] = 0.0
+        for found, sample in zip(scores, samples.tolist(), strict=True):
+            here = (rows // L == sample).nonzero()[:, 0]
+            # Without tilts: where those leave few words and a veto all of them, the text would end.
+            bans = self.seen.changes.bans
+            allowed, _ = ops.changed(F.linear(h[here], weight), int(here[0]), self.kept_ids, bans=bans)
+            found[rows[here] % L] = allowed.clamp(min=ops.FAINTEST)
+        return scores
+
+    def _highest(self, scores: Tensor) -> Tensor:
+        """[R, 1, 1]: no position adds more to the sum of a text, nor takes more from it."""
+        found = scores.abs().amax((1, 2), keepdim=True)
+        return found if self.seen is None else found + self.seen.transitions.most()
+
+    def _nearest_by(self, scores: Tensor, rows: Tensor) -> Tensor:
+        """`_nearest` for some samples, by their scores [R, L, V]."""
+        if self.automaton is not None:
+            highest = ops.highest(scores, self.automaton.classes)
+            choice, ids = self._best(self.automaton.rows(rows), *highest, scores[..., self.kept_ids])
+            if self.seen is None:
+                return ids
+            outside = self._class_of_tokens(self.automaton) != choice[..., None]
+            scores = scores.masked_fill(outside, -torch.inf)
+        if self.seen is None:
+            return scores.argmax(-1)
+        return self.seen.transitions.best(*scores.topk(self.seen.transitions.candidates, -1))
 
     def _best(self, automaton: Automaton, highest: Tensor, tokens: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
         """The class of each position and the token [B, L] of the text with the largest sum."""
@@ -248,6 +302,10 @@ class Predictor:
             raise UserError(self._impossible())
         ends = self.kept_ids.flip(0).expand(*choice.shape, 2)
         return choice, torch.cat([tokens, ends], -1).gather(-1, choice[..., None])[..., 0]
+
+    def _class_of_tokens(self, automaton: Automaton) -> Tensor:
+        """[V], as `_best` numbers classes."""
+        return automaton.class_of_tokens(len(self.table), self.kept_ids.flip(0))
 
     def _impossible(self) -> str:
         causes = [part.cause for part in self.parts if isinstance(part, Constraint | Veto)]
@@ -343,10 +401,14 @@ class Predictor:
         weight, table = self.outputs[denoiser or self.denoiser].weight, self.outputs[self.denoiser].rounded
         return ops.expectation(h, weight, table, self.temperature, self.kept_ids, classes, *changes)
 
+    def _draws(self, gamma: float) -> bool:
+        """Whether lengths are drawn at this noise level."""
+        return self.quantile is not None and gamma > self.draw_above
+
     def _x0(self, posterior: ops.Posterior, gamma: float) -> Tensor:
         """The mean embedding, with the length tokens drawn at high noise and held back below."""
         mean, kept = posterior.mean, posterior.kept
-        if self.quantile is not None and gamma > self.draw_above:
+        if self.quantile is not None and self._draws(gamma):
             upper = kept.cumsum(-1)
             kept = ((upper - kept < self.quantile) & (self.quantile <= upper)).to(kept.dtype)
         elif self.length_bias:

@@ -16,7 +16,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from embdiff import ops
+
 TINY = 1e-30
+TEXTS = 64  # whose pairs are scored at a time
 
 
 class Transitions(nn.Module):
@@ -35,31 +38,30 @@ class Transitions(nn.Module):
 
     def pairs(self, tokens: Tensor) -> Tensor:
         """Scores [B, L - 1, K, K] of all pairs of neighbouring candidates [B, L, K]."""
-        return self.left[tokens[:, :-1]] @ self.right[tokens[:, 1:]].mT
+        return self.left[tokens[:, :-1]].float() @ self.right[tokens[:, 1:]].float().mT
 
-    def nats(self, logits: Tensor, ids: Tensor) -> Tensor:
-        """-log p of tokens ids [B, L] among the candidates of logits [B, L, V], per position, [B]."""
-        tokens = logits.topk(self.candidates, -1).indices
+    def most(self) -> Tensor:
+        """No pair's score is larger, nor smaller than minus this."""
+        longest = [vectors.square().sum(-1).max().sqrt() for vectors in (self.left, self.right)]
+        return longest[0] * longest[1]
+
+    def nats(self, scores: Tensor, tokens: Tensor, own: Tensor, ids: Tensor) -> Tensor:
+        """-log p, per position [B], of a text ids [B, L] with logits `own`, among candidates [B, L, K] with logits
+        `scores`; where it is none of them, it takes the last one's place."""
         there = (tokens == ids[..., None]).any(-1, keepdim=True)
         tokens = torch.cat([tokens[..., :-1], torch.where(there, tokens[..., -1:], ids[..., None])], -1)
-        scores = logits.gather(-1, tokens)
-        normaliser = chain_logsumexp(scores, self.pairs(tokens))
-        chosen = logits.gather(-1, ids[..., None])[..., 0].sum(1)
+        scores = torch.where(tokens == ids[..., None], own[..., None], scores)
         follows = (self.left[ids[:, :-1]] * self.right[ids[:, 1:]]).sum((-2, -1))
-        return (normaliser - chosen - follows) / ids.shape[1]
+        return (chain_logsumexp(scores, self.pairs(tokens)) - own.sum(1) - follows) / ids.shape[1]
 
     def best(self, scores: Tensor, tokens: Tensor) -> Tensor:
-        """The most probable text [B, L], by Viterbi's algorithm, of candidates [B, L, K] with logits `scores`."""
-        pairs = self.pairs(tokens)
-        total, back = scores[:, 0], list[Tensor]()
-        for pair, here in zip(pairs.unbind(1), scores[:, 1:].unbind(1), strict=True):
-            reached = (total[..., None] + pair).max(1)
-            total = reached.values + here
-            back.append(reached.indices)
-        choice = [total.argmax(-1, keepdim=True)]
-        for from_ in reversed(back):
-            choice.append(from_.gather(-1, choice[-1]))
-        return tokens.gather(-1, torch.stack(choice[::-1], 1))[..., 0]
+        """The most probable text [B, L] of candidates [B, L, K] with logits `scores`."""
+        found = []
+        for some_scores, some_tokens in zip(torch.split(scores, TEXTS), torch.split(tokens, TEXTS), strict=True):
+            some_scores = some_scores - some_scores.amax(-1, keepdim=True)  # small sums keep their digits
+            path = ops.best_path(some_scores, self.pairs(some_tokens))
+            found.append(some_tokens.gather(-1, path[..., None])[..., 0])
+        return torch.cat(found)
 
 
 def chain_logsumexp(scores: Tensor, pairs: Tensor) -> Tensor:

@@ -93,3 +93,16 @@ def pipe(denoiser, tokenizer) -> TextDiffusionPipeline:
     pipe = TextDiffusionPipeline(denoiser, tokenizer, RenoiseScheduler(noise_schedule=schedule.config()))
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture
+def chained(pipe) -> TextDiffusionPipeline:
+    """A pipeline whose denoiser has transitions that matter."""
+    torch.manual_seed(0)
+    config = {name: value for name, value in pipe.denoiser.config.items() if name[0] != "_"}
+    denoiser = Denoiser(**config | {"transition_rank": 4})
+    denoiser.load_state_dict(pipe.denoiser.state_dict(), strict=False)
+    torch.nn.init.normal_(denoiser.transitions.right, std=10)
+    chained = TextDiffusionPipeline(denoiser.eval(), pipe.tokenizer, pipe.scheduler)
+    chained.set_progress_bar_config(disable=True)
+    return chained

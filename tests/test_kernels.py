@@ -96,6 +96,16 @@ def test_the_parts_are_the_whole_vocabulary_and_none_is_empty(rows, vocab, dtype
     assert parts == 1 or words >= 2 * of.words
 
 
+@given(st.integers(1, 4), st.integers(1, 9), st.sampled_from([1, 5, 32]), st.integers(0, 99), st.booleans())
+def test_the_best_path_equals_its_reference(samples, length, candidates, seed, impossible):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(samples, length, candidates, generator=generator).to(DEVICE)
+    pairs = torch.randn(samples, length - 1, candidates, candidates, generator=generator).to(DEVICE)
+    if impossible:
+        scores[..., 1::2] = -torch.inf
+    assert torch.equal(kernels.best_path(scores, pairs), ops.best_path_reference(scores, pairs))
+
+
 @given(st.integers(0, 2**62), st.integers(0, 40))
 def test_noise_is_a_samples_own_and_normal(seed, draw):
     seeds = torch.tensor([seed, seed ^ 1, 7], device=DEVICE)

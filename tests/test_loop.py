@@ -61,7 +61,7 @@ def test_the_loop_equals_predictor_and_scheduler(pipe, solver, guidance):
     scheduler, gammas, predictor = prepared(pipe, guidance, 5, solver)
     seeds = torch.tensor([5, 6, 2**61], device=DEVICE)
     assert fits(predictor, gammas)
-    fused = Loops().run(predictor, scheduler.table, gammas, pipe._kept_tokens(), seeds)
+    fused = Loops().run(predictor, scheduler.table, gammas, pipe._kept_tokens(), seeds)[0]
     assert torch.allclose(fused, stepped(scheduler, gammas, predictor, seeds), atol=1e-3)
 
 
@@ -81,7 +81,7 @@ def test_lengths_temperatures_and_noise_are_as_in_the_predictor(pipe, temperatur
         assert (temperature, bias, drawn) == (1.0, 0.0, False)
         return
     seeds = torch.tensor([seed, 1, 2], device=DEVICE)
-    fused = Loops().run(predictor, scheduler.table, gammas, pipe._kept_tokens(), seeds, scale)
+    fused = Loops().run(predictor, scheduler.table, gammas, pipe._kept_tokens(), seeds, scale)[0]
     assert torch.allclose(fused, stepped(scheduler, gammas, predictor, seeds, scale), atol=1e-3)
 
 
@@ -92,7 +92,7 @@ def test_a_loop_serves_further_batches_and_changed_weights(pipe):
     for prompts, seed in zip(texts, (0, 9), strict=True):
         scheduler, gammas, predictor = prepared(pipe, [CFG(2.0)], 3, prompts=prompts)
         seeds = torch.tensor([seed, seed + 1, seed + 2], device=DEVICE)
-        fused = loops.run(predictor, scheduler.table, gammas, pipe._kept_tokens(), seeds)
+        fused, _ = loops.run(predictor, scheduler.table, gammas, pipe._kept_tokens(), seeds)
         assert torch.allclose(fused, stepped(scheduler, gammas, predictor, seeds), atol=1e-3)
         pipe.denoiser.head.weight.mul_(0.5)
         pipe.denoiser.space.weight.mul_(-1.0)
@@ -104,9 +104,9 @@ def test_a_loop_serves_further_batches_and_changed_weights(pipe):
 def test_thin_tiles_change_nothing(pipe, monkeypatch, guidance):
     scheduler, gammas, predictor = prepared(pipe, guidance, 3)
     args = (predictor, scheduler.table, gammas, pipe._kept_tokens(), torch.tensor([5, 6, 7], device=DEVICE))
-    wide = Loops().run(*args)
+    wide, _ = Loops().run(*args)
     monkeypatch.setattr(kernels, "thin", lambda device: 4)
-    assert torch.allclose(Loops().run(*args), wide, atol=1e-4)
+    assert torch.allclose(Loops().run(*args)[0], wide, atol=1e-4)
 
 
 class Copies(TorchDispatchMode):
@@ -147,7 +147,7 @@ def test_a_loop_made_in_one_mode_serves_another(pipe, modes):
         with mode():
             scheduler, gammas, predictor = prepared(pipe, [CFG(2.0)], 2)
             args = (scheduler.table, gammas, pipe._kept_tokens(), torch.tensor(seeds, device=DEVICE))
-            found.append(loops.run(predictor, *args).clone())
+            found.append(loops.run(predictor, *args)[0].clone())
     assert torch.equal(*found)
     assert len(loops.kept) == 1
 
@@ -156,10 +156,10 @@ def test_a_loop_made_in_one_mode_serves_another(pipe, modes):
 def test_a_batch_as_large_as_its_bucket_is_not_kept_but_copied(pipe):
     seeds, loops = torch.tensor([1, 2], device=DEVICE), Loops()
     scheduler, gammas, predictor = prepared(pipe, [], 2, prompts=PROMPTS[:2], quantile=[0.2, 0.7])
-    first = loops.run(predictor, scheduler.table, gammas, pipe._kept_tokens(), seeds)
+    first, _ = loops.run(predictor, scheduler.table, gammas, pipe._kept_tokens(), seeds)
     loops.run(predictor, scheduler.table, gammas, pipe._kept_tokens(), seeds + 10)
     assert seeds.tolist() == [1, 2]
-    assert torch.equal(loops.run(predictor, scheduler.table, gammas, pipe._kept_tokens(), seeds), first)
+    assert torch.equal(loops.run(predictor, scheduler.table, gammas, pipe._kept_tokens(), seeds)[0], first)
 
 
 def failing(error, found):
@@ -209,10 +209,11 @@ def test_a_recording_that_fails_is_told_once_and_others_are_tried_only_after_lac
 def test_the_size_of_the_batch_changes_nothing(pipe):
     seeds = torch.tensor([3, 4, 5], device=DEVICE)
     scheduler, gammas, predictor = prepared(pipe, [CFG(2.0)], 3)
-    together = Loops().run(predictor, scheduler.table, gammas, pipe._kept_tokens(), seeds)
+    together, features = Loops().run(predictor, scheduler.table, gammas, pipe._kept_tokens(), seeds)
     scheduler, gammas, predictor = prepared(pipe, [CFG(2.0)], 3, prompts=PROMPTS[1:2], quantile=[0.6])
-    alone = Loops().run(predictor, scheduler.table, gammas, pipe._kept_tokens(), seeds[1:2])
+    alone, own = Loops().run(predictor, scheduler.table, gammas, pipe._kept_tokens(), seeds[1:2])
     assert torch.allclose(together[1:2], alone, atol=1e-3)
+    assert torch.allclose(features[1:2], own, atol=1e-3)
 
 
 @pytest.mark.parametrize("guidance", [[Length(words=3)], [TopK(3)], [CFG(2.0), CFG(1.5)], [CFG(2.0, rescale=0.5)]])
@@ -225,7 +226,9 @@ OPTIONS = [{}, {"guidance_scale": 2.0}, {"guidance": [Length(words=3)]}, {"lengt
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_the_pipeline_writes_the_same_texts_by_the_loop_and_step_by_step(pipe, monkeypatch, options):
+@pytest.mark.parametrize("rounding", ["pipe", "chained"])
+def test_the_pipeline_writes_the_same_texts_by_the_loop_and_step_by_step(request, monkeypatch, options, rounding):
+    pipe = request.getfixturevalue(rounding)
     pipe.to(DEVICE)
     monkeypatch.setattr(ops, "has_kernels", lambda device_type: True)
 
@@ -255,5 +258,6 @@ def test_a_recorded_loop_equals_the_same_steps(pipe, guidance):
     for prompts in (PROMPTS, PROMPTS[::-1]):
         scheduler, gammas, predictor = prepared(pipe, guidance, 6, "dpm++3m-sde", prompts)
         args = (predictor, scheduler.table, gammas, pipe._kept_tokens(), seeds)
-        assert torch.allclose(loops.run(*args), Loops().run(*args), atol=1e-4)
+        for recorded, plain in zip(loops.run(*args), Loops().run(*args), strict=True):
+            assert torch.allclose(recorded, plain, atol=1e-4)
     assert [loop.graph is not None for loop in loops.kept.values()] == [True]

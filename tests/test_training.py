@@ -96,7 +96,7 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_weights(tmp_path, prompted
 def test_transitions_are_learned_and_nothing_else_learns_otherwise(tmp_path, monkeypatch, objective):
     monkeypatch.setattr(objectives, "EVERY", 2)
     data = corpus(prompted=False)
-    config = small(objective=objective, infill=0.5, max_steps=12)
+    config = small(objective=objective, infill=0.5, max_steps=12, transitions=0)
     train(config, tmp_path / "without", corpus=data)
     train(replace(config, transitions=4), tmp_path / "with", corpus=data)
     found = weights(tmp_path / "with")

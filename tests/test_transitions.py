@@ -6,16 +6,16 @@ from itertools import pairwise, product
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from embdiff import TextDiffusionPipeline, losses, ops
+from embdiff import losses, ops
 from embdiff.batches import Batch
 from embdiff.denoiser import Denoiser
-from embdiff.guidance import Length, Lexical, NoRepeatNgram, TopK
-from embdiff.guidance.base import Run
+from embdiff.guidance import Length, Lexical, MinP, NoRepeatNgram, TopK
+from embdiff.guidance.base import Guidance, Run, Tilt
 from embdiff.pipeline import load
-from embdiff.prediction import Changes, Predictor, Seen
+from embdiff.prediction import Predictor
 from embdiff.transitions import Transitions, chain_logsumexp
 
 shapes = st.tuples(st.integers(1, 5), st.integers(2, 4), st.integers(0, 2**16))
@@ -29,6 +29,12 @@ def chain(L, V, seed, candidates=32):
     return transitions, 2 * torch.randn(2, L, V)
 
 
+def nats(transitions, logits, ids):
+    """-log p of texts ids [B, L] per position, among the most probable candidates."""
+    top = logits.topk(transitions.candidates, -1)
+    return transitions.nats(top.values, top.indices, logits.gather(-1, ids[..., None])[..., 0], ids)
+
+
 def score(transitions, logits, text):
     """The score of a text [L] under each row of logits, [2]."""
     total = sum(logits[:, position, token] for position, token in enumerate(text))
@@ -40,8 +46,8 @@ def test_probabilities_of_all_texts_add_up_to_one(shape):
     L, V, seed = shape
     transitions, logits = chain(L, V, seed)
     texts = torch.tensor(list(product(range(V), repeat=L)))
-    nats = [transitions.nats(logits, text.expand(2, L)) * L for text in texts]
-    assert torch.allclose(torch.stack(nats).neg().exp().sum(0), torch.ones(2), atol=1e-4)
+    of_each = [nats(transitions, logits, text.expand(2, L)) * L for text in texts]
+    assert torch.allclose(torch.stack(of_each).neg().exp().sum(0), torch.ones(2), atol=1e-4)
 
 
 @torch.no_grad()
@@ -65,7 +71,7 @@ def test_without_scores_of_pairs_positions_are_independent(shape):
     torch.nn.init.zeros_(transitions.right)
     ids = torch.randint(V, (2, L), generator=torch.Generator().manual_seed(seed))
     alone = ops.cross_entropy_reference(logits, torch.eye(V), ids).mean(1)
-    assert torch.allclose(transitions.nats(logits, ids), alone, atol=1e-5)
+    assert torch.allclose(nats(transitions, logits, ids), alone, atol=1e-5)
     top = logits.topk(transitions.candidates, -1)
     assert torch.equal(transitions.best(top.values, top.indices), logits.argmax(-1))
 
@@ -83,9 +89,9 @@ def test_products_in_rounds_are_the_recursion(L, seed):
 def test_a_text_that_is_no_candidate_is_charged_as_one():
     transitions, logits = chain(3, 40, 0, candidates=4)
     worst = logits.argmin(-1)
-    nats = transitions.nats(logits, worst)
-    assert nats.isfinite().all()
-    assert (nats > transitions.nats(logits, logits.argmax(-1))).all()
+    found = nats(transitions, logits, worst)
+    assert found.isfinite().all()
+    assert (found > nats(transitions, logits, logits.argmax(-1))).all()
 
 
 def test_given_positions_cost_nothing_and_the_denoiser_is_left_alone():
@@ -97,16 +103,6 @@ def test_given_positions_cost_nothing_and_the_denoiser_is_left_alone():
     losses.transition_loss(model, features, Batch(batch.ids), torch.tensor([1])).sum().backward()
     moved = {name for name, p in model.named_parameters() if p.grad is not None}
     assert moved == {"transitions.left", "transitions.right"}
-
-
-@pytest.fixture
-def chained(pipe):
-    """A pipeline whose denoiser has transitions that matter."""
-    config = {name: value for name, value in pipe.denoiser.config.items() if name[0] != "_"}
-    denoiser = Denoiser(**config | {"transition_rank": 4})
-    denoiser.load_state_dict(pipe.denoiser.state_dict(), strict=False)
-    torch.nn.init.normal_(denoiser.transitions.right, std=10)
-    return TextDiffusionPipeline(denoiser.eval(), pipe.tokenizer, pipe.scheduler)
 
 
 def seeds(*values):
@@ -135,7 +131,7 @@ def test_positions_that_are_looked_at_no_more_are_padding(chained):
     predictor = Predictor(Run(chained.denoiser, chained.tokenizer, 2, 6), kept=kept, temperature=0.5)
     features = torch.randn(2 * 6, chained.denoiser.output_weight().shape[1])
     rows = torch.tensor([0, 1, 2, 6, 7])
-    predictor.seen = Seen(features[rows], rows, Changes([], []))
+    predictor.see(0.0, features[rows], rows)
     found = predictor.round(torch.zeros(2, 6, chained.denoiser.dim))
     assert (found.flatten()[[3, 4, 5, 8, 9, 10, 11]] == chained.tokenizer.pad_token_id).all()
 
@@ -157,11 +153,11 @@ def test_exact_control_holds_for_a_chain(chained, guidance, max_gamma):
 def test_a_chain_changes_tokens_within_their_classes_alone(chained):
     run = Run(chained.denoiser, chained.tokenizer, 4, 8)
     kept = (chained.tokenizer.pad_token_id, chained.tokenizer.eos_token_id)
-    module = Lexical(["dog"], ["the"])
+    module = Lexical(["dog"])
     predictor = Predictor(run, [module], kept=kept, temperature=0.5)
     z = torch.randn(4, 8, chained.denoiser.dim)
     alone = predictor.round(z)
-    predictor.seen = Seen(torch.randn(4, 8, chained.denoiser.output_weight().shape[1]), None, Changes([], []))
+    predictor.see(0.0, torch.randn(4, 8, chained.denoiser.output_weight().shape[1]))
     found = predictor.round(z)
     classes = predictor.automaton.class_of_tokens(len(chained.tokenizer), predictor.kept_ids.flip(0))
     assert not torch.equal(found, alone)
@@ -169,14 +165,87 @@ def test_a_chain_changes_tokens_within_their_classes_alone(chained):
     assert (classes[alone] >= 0).all()
 
 
-def test_vetoes_and_changed_latents_are_rounded_without_a_chain(chained, pipe):
-    for options in (
-        {"guidance": [NoRepeatNgram(1)]},
-        {"callback_on_step_end": lambda pipe, step, t, state: {"latents": state["latents"]}},
-    ):
-        one, two = (p(num_samples=3, num_inference_steps=3, generator=seeds(0, 1, 2), **options).texts
-                    for p in (chained, pipe))  # fmt: skip
-        assert one == two
+@pytest.mark.parametrize(
+    "control", [[], [Length(words=5)], [Lexical(["dog", "house"])], [TopK(1)], [MinP(0.5), Length(words=5)]]
+)
+@pytest.mark.parametrize("skip_padding", [False, True])
+def test_vetoes_hold_for_a_chain(chained, control, skip_padding):
+    """No word comes twice, in as many words as were asked for, whatever the batch."""
+    chained.denoiser.transitions.candidates = 5
+    options = {"num_inference_steps": 4, "guidance": [NoRepeatNgram(1), *control], "skip_padding": skip_padding}
+    together = chained(num_samples=6, generator=seeds(*range(6)), **options).texts
+    free = chained(num_samples=6, generator=seeds(*range(6)), **options | {"guidance": control}).texts
+    for i, text in enumerate(together):
+        words = text.split()
+        assert len(set(words)) == len(words)
+        assert chained(generator=seeds(i), **options).texts == [text]
+        assert Length(words=5) not in control or len(words) == 5
+        assert Lexical(["dog", "house"]) not in control or {"dog", "house"} <= set(words)
+    assert together != free
+
+
+@pytest.mark.parametrize("control", [[], [NoRepeatNgram(2)], [Length(words=5)]])
+def test_a_tilt_of_all_words_alike_changes_nothing(chained, control):
+    """Words stay as probable beside padding and the end of text."""
+
+    class Louder(Guidance):
+        def parts(self, run):
+            return [Tilt(lambda words: words.logits + 100.0)]
+
+    options = {"num_samples": 6, "num_inference_steps": 4, "generator": seeds(*range(6))}
+    alone = chained(guidance=control, **options).texts
+    options["generator"] = seeds(*range(6))
+    assert chained(guidance=[*control, Louder()], **options).texts == alone
+
+
+def test_lengths_drawn_in_the_last_step_are_kept(chained, pipe):
+    """In one step they are drawn there, and a chain knows nothing of them."""
+    one, two = (p(num_samples=6, num_inference_steps=1, generator=seeds(*range(6))).texts for p in (chained, pipe))
+    assert one == two
+
+
+@torch.no_grad()
+@given(
+    seed=st.integers(0, 2**16),
+    looked_at=st.sampled_from([None, [0, 1, 2, 3, 4, 8, 9, 10]]),
+    candidates=st.sampled_from([1, 5, 32]),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_chain_over_all_words_is_the_one_over_candidates(chained, seed, looked_at, candidates):
+    """What is looked for after a veto, as long as it has marked nothing."""
+    torch.manual_seed(seed)
+    chained.denoiser.transitions.candidates = min(candidates, len(chained.tokenizer))
+    kept = (chained.tokenizer.pad_token_id, chained.tokenizer.eos_token_id)
+    predictor = Predictor(Run(chained.denoiser, chained.tokenizer, 2, 8), kept=kept, temperature=0.5)
+    rows = None if looked_at is None else torch.tensor(looked_at)
+    features = 10 * torch.randn(16, chained.denoiser.output_weight().shape[1])
+    z, pull = torch.randn(2, 2, 8, chained.denoiser.dim)
+    predictor.see(0.0, features if rows is None else features[rows], rows, pull=pull)
+    samples = torch.arange(2)
+    assert torch.equal(predictor.round(z), predictor._nearest_by(predictor._scores(z, samples), samples))
+
+
+@torch.no_grad()
+def test_gradients_pull_words_of_a_chain(chained):
+    """To those nearest to where they point."""
+    predictor = Predictor(Run(chained.denoiser, chained.tokenizer, 2, 8))
+    features = torch.randn(2, 8, chained.denoiser.output_weight().shape[1])
+    z = torch.zeros(2, 8, chained.denoiser.dim)
+    predictor.see(0.0, features)
+    alone = predictor.round(z)
+    predictor.see(0.0, features, pull=torch.zeros_like(z))
+    assert torch.equal(predictor.round(z), alone)
+    wanted = torch.randint(len(chained.tokenizer), (2, 8))
+    predictor.see(0.0, features, pull=1e4 * predictor.table[wanted])
+    assert torch.equal(predictor.round(z), wanted)
+    assert not torch.equal(alone, wanted)
+
+
+def test_changed_latents_are_rounded_without_a_chain(chained, pipe):
+    options = {"callback_on_step_end": lambda pipe, step, t, state: {"latents": state["latents"]}}
+    one, two = (p(num_samples=3, num_inference_steps=3, generator=seeds(0, 1, 2), **options).texts
+                for p in (chained, pipe))  # fmt: skip
+    assert one == two
 
 
 def test_no_rows_make_gradients_of_zero():

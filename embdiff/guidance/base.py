@@ -8,7 +8,7 @@ kinds:
     Tilt         a change of the logits of words, in closed form
     Constraint   what every text must be, see `embdiff.guidance.language`: exact in the end, and guiding on the way
     Veto         what no text may have, found in whole texts
-    Gradient     of a log-probability in z, added to x0
+    Gradient     of a log-probability in z, added to x0 and, to first order, to the logits of the last rounding
 
 Modules are given to the pipeline as a list. All branches run in one batch. Outside its interval of gamma a part costs
 nothing; at the end of the run constraints and vetoes hold all the same.

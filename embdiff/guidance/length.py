@@ -19,7 +19,7 @@ class Length(Guidance):
     """Texts of exactly so many tokens, words and characters; what is not given is free.
 
     The posterior is taken given the length, exactly under the independence of positions that it has anyway, so
-    sentences are planned to end in time; the last step picks the nearest text of that length.
+    sentences are planned to end in time; the last step picks the nearest, or most probable, text of that length.
 
     tokens: the end of text not counted. words: as `str.split` finds them. characters: with blanks. Each is a number, a
     range ("8-12", "8-" at least, "-12" at most, or a tuple), or a list of these, one for each sample. complete: texts
