@@ -1,9 +1,9 @@
 """E2E restaurant descriptions without prompts: the bound on validation text, and samples judged by a 5-gram.
 
     python benchmarks/e2e_text.py DATA --output runs/e2e                 train 15 minutes on two idle cores
-    python benchmarks/e2e_text.py DATA --output runs/e2e --batch-size 32 --max-steps 15480      the committed figures
+    python benchmarks/e2e_text.py DATA --output runs/e2e --batch-size 32 --max-time 60m         the committed figures
     python benchmarks/e2e_text.py DATA --output runs/e2e --steps 8 --solver unipc    again: continues, or only measures
-    embdiff sample runs/e2e --num-samples 40000 --output drawn.jsonl
+    embdiff sample runs/e2e --num-samples 40000 --steps 16 --temperature 0.85 --length-bias 1.6 --output drawn.jsonl
     python benchmarks/e2e_text.py DATA --output runs/e2e --drawn drawn.jsonl         what do so many texts cover?
 
 DATA is a folder with the E2E set's train.txt and valid.txt, one word-tokenised text a line.
@@ -43,6 +43,7 @@ def main(
     steps: list[int] = typer.Option([32], help="Sampling steps; give it several times."),
     solver: str | None = typer.Option(None, help="By default the model's own scheduler."),
     temperature: float | None = typer.Option(None, help="By default the model's own."),
+    length_bias: float | None = typer.Option(None, help="By default the pipeline's."),
     guidance: list[str] = typer.Option([], help="As in embdiff sample: autoguidance:scale=1.25."),
     bound: int | None = typer.Option(None, help="Validation lines for the bound; all by default."),
     levels: int = typer.Option(12, help="Noise levels for each of them."),
@@ -73,14 +74,17 @@ def main(
     valid = read_examples(str(data / "valid.txt"))
     train = [example.text for example in read_examples(str(data / "train.txt"))]
     judge = NGramJudge(as_written(pipe.tokenizer, train))
+    options: dict[str, Any] = {"temperature": temperature, "guidance": parsed(guidance)}
+    if length_bias is not None:
+        options["length_bias"] = length_bias
     for n in steps:
         protocol = Protocol(
-            samples, n, bound_texts=0 if figures.get("likelihood") else bound, levels=levels,
-            options={"temperature": temperature, "guidance": parsed(guidance)},
-        )  # fmt: skip
+            samples, n, bound_texts=0 if figures.get("likelihood") else bound, levels=levels, options=options
+        )
         found = evaluate(pipe, valid, [judge], protocol, train=train)
         sampler = f"{solver or 'default'}, {n} steps, temperature {temperature or found['run']['temperature']:g}"
-        sampler = ", ".join([sampler, *guidance])
+        biased = [] if length_bias is None else [f"length bias {length_bias:g}"]
+        sampler = ", ".join([sampler, *biased, *guidance])
         (output / f"{sampler}.txt").write_text("\n".join(each["text"] for each in found.pop("texts")) + "\n")
         figures["likelihood"] = figures.get("likelihood") or found["likelihood"]
         figures[sampler] = {name: found[name] for name in ("samples", "real", "run", "protocol")}
