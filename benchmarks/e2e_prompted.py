@@ -74,7 +74,7 @@ def main(
         pairs.write_text("\n".join(exchanged(lines, exchange)), "utf-8")
     config = TrainConfig(
         data=str(pairs), validation=str(data / "src1_valid.txt"), separator="||",
-        tokenizer="word", min_count=11, size=size, max_length=64, batch_size=batch_size, infill=0.0,
+        tokenizer="word", min_count=11, size=size, max_length=64, batch_size=batch_size, infill=0.0, window=0.9,
         save_every=200, max_steps=max_steps, max_time=None if max_steps else seconds(max_time),
     )  # fmt: skip
     pipe = trained(output, config, dtype, ship)

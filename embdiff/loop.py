@@ -100,7 +100,7 @@ class Loop:
         first, *others = (row._replace(s=row.s * noise_scale) for row in rows)
         self.rows = [Row(first.a, first.b + first.c + first.d, s=first.s), *others]
         device, odds = inputs.seeds.device, math.exp(predictor.length_bias)
-        drawn = [predictor.quantile is not None and gamma > predictor.draw_above for gamma in gammas]
+        drawn = [predictor.draws(gamma) for gamma in gammas]
         with torch.inference_mode(False), torch.no_grad():  # else only runs in inference mode could overwrite them
             self.inputs = inputs.own()
             self.numbers = torch.tensor(

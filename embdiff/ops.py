@@ -27,6 +27,7 @@ MOST = 2**26  # numbers of each kind held at a time on a GPU
 BLOCK = 1024  # rows and words of logits held at a time, where a running maximum will do; of few rows, more words
 LOG2_E = 1 / math.log(2)
 FAINT = 1e-3  # how much of its share a class keeps, for constraints alone, where tilts leave it no word
+FAINTEST = -1e4  # a logit that outweighs no other
 
 
 class Posterior(NamedTuple):
@@ -227,9 +228,6 @@ def _by_blocks(
     return mean / cold, ends / (plain * (best - top).exp_() + ends.sum(1, keepdim=True))
 
 
-FAINTEST = -1e4  # a logit that no other outweighs
-
-
 def most_probable(
     h: Tensor,
     weight: Tensor,
@@ -288,8 +286,9 @@ def changed(
         lost = words.logsumexp(-1, keepdim=True) - after.logsumexp(-1, keepdim=True)
         return (after + torch.where(lost.isfinite(), lost, 0.0)).index_copy(1, keep, logits[:, keep])
 
-    allowed, after = tilted(words / temperature, start, bans, tilts)
-    return together(allowed), together(after)
+    banned, after = tilted(words / temperature, start, bans, tilts)
+    allowed = together(banned)
+    return allowed, allowed if after is banned else together(after)
 
 
 def best_path_reference(scores: Tensor, pairs: Tensor) -> Tensor:

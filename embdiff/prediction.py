@@ -180,6 +180,10 @@ class Predictor:
         self.see(gamma, main, looked_at, changes, shared, pull)
         return x0
 
+    def draws(self, gamma: float) -> bool:
+        """Whether lengths are drawn at this noise level."""
+        return self.quantile is not None and gamma > self.draw_above
+
     def see(
         self,
         gamma: float,
@@ -191,7 +195,7 @@ class Predictor:
     ) -> None:
         """What the last prediction was made of, as in `Seen`, where it is to be rounded by transitions."""
         transitions = self.denoiser.transitions
-        if transitions is None or self._draws(gamma):
+        if transitions is None or self.draws(gamma):
             self.seen = None
         else:
             self.seen = Seen(transitions, features, rows, changes, others, pull)
@@ -250,8 +254,9 @@ class Predictor:
         if self.automaton is not None and choice is not None:
             wanted = choice.flatten() if seen.rows is None else choice.flatten()[seen.rows]
             among = self._class_of_tokens(self.automaton), wanted
-        found = ops.most_probable(seen.whole(), weight, K, self.kept_ids, *seen.changes, among, self.temperature)
-        scores, tokens = found
+        scores, tokens = ops.most_probable(
+            seen.whole(), weight, K, self.kept_ids, *seen.changes, among, self.temperature
+        )
         if seen.rows is not None:  # the others are padding, or what constraints made of it
             elsewhere = scores.new_full((self.run.samples * L, K), ops.FAINTEST)
             elsewhere[:, 0] = 0.0
@@ -401,14 +406,11 @@ class Predictor:
         weight, table = self.outputs[denoiser or self.denoiser].weight, self.outputs[self.denoiser].rounded
         return ops.expectation(h, weight, table, self.temperature, self.kept_ids, classes, *changes)
 
-    def _draws(self, gamma: float) -> bool:
-        """Whether lengths are drawn at this noise level."""
-        return self.quantile is not None and gamma > self.draw_above
-
     def _x0(self, posterior: ops.Posterior, gamma: float) -> Tensor:
         """The mean embedding, with the length tokens drawn at high noise and held back below."""
         mean, kept = posterior.mean, posterior.kept
-        if self.quantile is not None and self._draws(gamma):
+        if self.draws(gamma):
+            assert self.quantile is not None
             upper = kept.cumsum(-1)
             kept = ((upper - kept < self.quantile) & (self.quantile <= upper)).to(kept.dtype)
         elif self.length_bias:

@@ -127,8 +127,7 @@ def test_transitions_are_saved_with_the_model(chained, tmp_path):
 
 def test_positions_that_are_looked_at_no_more_are_padding(chained):
     """What transitions make of all positions, where those behind the text are surely padding."""
-    kept = (chained.tokenizer.pad_token_id, chained.tokenizer.eos_token_id)
-    predictor = Predictor(Run(chained.denoiser, chained.tokenizer, 2, 6), kept=kept, temperature=0.5)
+    predictor = Predictor(Run(chained.denoiser, chained.tokenizer, 2, 6), kept=chained._kept_tokens(), temperature=0.5)
     features = torch.randn(2 * 6, chained.denoiser.output_weight().shape[1])
     rows = torch.tensor([0, 1, 2, 6, 7])
     predictor.see(0.0, features[rows], rows)
@@ -152,9 +151,8 @@ def test_exact_control_holds_for_a_chain(chained, guidance, max_gamma):
 
 def test_a_chain_changes_tokens_within_their_classes_alone(chained):
     run = Run(chained.denoiser, chained.tokenizer, 4, 8)
-    kept = (chained.tokenizer.pad_token_id, chained.tokenizer.eos_token_id)
     module = Lexical(["dog"])
-    predictor = Predictor(run, [module], kept=kept, temperature=0.5)
+    predictor = Predictor(run, [module], kept=chained._kept_tokens(), temperature=0.5)
     z = torch.randn(4, 8, chained.denoiser.dim)
     alone = predictor.round(z)
     predictor.see(0.0, torch.randn(4, 8, chained.denoiser.output_weight().shape[1]))
@@ -215,8 +213,7 @@ def test_a_chain_over_all_words_is_the_one_over_candidates(chained, seed, looked
     """What is looked for after a veto, as long as it has marked nothing."""
     torch.manual_seed(seed)
     chained.denoiser.transitions.candidates = min(candidates, len(chained.tokenizer))
-    kept = (chained.tokenizer.pad_token_id, chained.tokenizer.eos_token_id)
-    predictor = Predictor(Run(chained.denoiser, chained.tokenizer, 2, 8), kept=kept, temperature=0.5)
+    predictor = Predictor(Run(chained.denoiser, chained.tokenizer, 2, 8), kept=chained._kept_tokens(), temperature=0.5)
     rows = None if looked_at is None else torch.tensor(looked_at)
     features = 10 * torch.randn(16, chained.denoiser.output_weight().shape[1])
     z, pull = torch.randn(2, 2, 8, chained.denoiser.dim)
