@@ -18,6 +18,7 @@ of valid.txt under a 5-gram of samples, beside one of train.txt. Figures of one 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,8 @@ def main(
         sampler = f"{solver or 'default'}, {n} steps, temperature {temperature or found['run']['temperature']:g}"
         biased = [] if length_bias is None else [f"length bias {length_bias:g}"]
         sampler = ", ".join([sampler, *biased, *guidance])
-        (output / f"{sampler}.txt").write_text("\n".join(each["text"] for each in found.pop("texts")) + "\n")
+        name = re.sub(r"[^\w .,=:-]", "-", sampler)  # guidance may name files
+        (output / f"{name}.txt").write_text("\n".join(each["text"] for each in found.pop("texts")) + "\n")
         figures["likelihood"] = figures.get("likelihood") or found["likelihood"]
         figures[sampler] = {name: found[name] for name in ("samples", "real", "run", "protocol")}
         write(results, figures)

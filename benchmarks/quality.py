@@ -57,6 +57,9 @@ def main(
     tokenizer: str = typer.Option("word", help="word or bpe."),
     min_count: int = typer.Option(11, help="Rarer words become <unk>."),
     max_length: int = typer.Option(64, help="Tokens of a text."),
+    window: float = typer.Option(
+        0.9, help="Share of steps that look at windows; the autoregressive model cuts its own."
+    ),
     ours: Path | None = typer.Option(None, help="Our model, where it is trained already, in the same budget."),
     steps: list[int] = typer.Option([8, 16, 32], help="Sampling steps."),
     solver: list[str] = typer.Option(["unipc"], help="Of ours."),
@@ -68,8 +71,8 @@ def main(
     """Trains what is not trained yet, measures, prints and writes one table."""
     config = TrainConfig(
         data=str(train), validation=str(valid), tokenizer=tokenizer, min_count=min_count, size=size,
-        batch_size=batch_size, max_length=max_length, on_long="drop", infill=0.0, save_every=200, max_steps=max_steps,
-        max_time=None if max_steps else seconds(max_time),
+        batch_size=batch_size, max_length=max_length, on_long="drop", infill=0.0, window=window, save_every=200,
+        max_steps=max_steps, max_time=None if max_steps else seconds(max_time),
     )  # fmt: skip
     folders = {name: output / name for name in ("ce", "masked", "autoregressive")}
     if ours is not None:
@@ -93,9 +96,10 @@ def main(
         if name == "ce":
             model: torch.nn.Module = pipe.denoiser
             facts = training_facts(folder, model)
-            check_budget(facts, run_config(folders["masked"]) or config)  # of the others, which may be finished
+            # Of the others, which may be finished.
+            check_alike(facts, run_config(folders["masked"]) or config, run_config(folders["autoregressive"]) or config)
             found = bound(pipe.denoiser, texts, pipe.scheduler.noise_schedule)
-            nats = found.nats_per_token * found.tokens
+            nats, noise = found.nats_per_token * found.tokens, found.noise_error * found.tokens
             drawn = frontier(
                 pipe, judge, [None] * samples, solvers=solver, steps=steps, temperatures=temperature, report=told
             )
@@ -103,7 +107,7 @@ def main(
             model, its_tokenizer = baselines.load(folder)
             if fingerprint(its_tokenizer) != fingerprint(pipe.tokenizer):
                 raise UserError(f"{folder} has another vocabulary than {folders['ce']}: train both on the same texts")
-            nats = baseline_nats(model.to(place).eval(), texts)
+            nats, noise = baseline_nats(model.to(place).eval(), texts), None
             facts = training_facts(folder, model)
             counts = steps if name == "masked" else [max_length]
             drawn = [
@@ -112,7 +116,8 @@ def main(
         points += drawn
         speed = facts["tokens"] / facts["seconds"]
         figures["models"][name] = {
-            "nats_per_word": round(nats / words, 4), "tokens_per_second": round(speed),
+            "nats_per_word": round(nats / words, 4),
+            "noise_error": None if noise is None else round(noise / words, 4), "tokens_per_second": round(speed),
             "mfu": round(6 * facts["parameters"] * speed / rate, 4), "training": facts,
         }  # fmt: skip
         figures["points"] = [p._asdict() for p in points]
@@ -128,8 +133,14 @@ def main(
     Console().print(table(figures))
 
 
-def check_budget(facts: dict[str, Any], config: TrainConfig) -> None:
-    """Refuses a model that was trained for longer, or for less, than the others are."""
+def check_alike(facts: dict[str, Any], config: TrainConfig, other: TrainConfig) -> None:
+    """Refuses models of other data, sizes and batches, and ours if its budget was another."""
+    if replace(other, objective=config.objective) != config:
+        raise UserError("the runs of the two baselines have different options: train both anew, in another folder")
+    texts = len(read_examples(str(config.data)))
+    for name, value in (("size", config.size), ("batch_size", config.batch_size), ("texts", texts)):
+        if facts[name] != value:
+            raise UserError(f"our model has {name} {facts[name]}, the others {value}: compare what is alike")
     budget = facts["steps"] / config.max_steps if config.max_steps else facts["seconds"] / (config.max_time or 1.0)
     if not 0.9 < budget < 1.1:
         raise UserError(

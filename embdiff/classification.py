@@ -112,11 +112,14 @@ def divided(examples: Sequence[Example], seed: int) -> tuple[list[Example], list
 def names(examples: Sequence[Example], config: ClassifierConfig) -> list[str]:
     """All labels, the most frequent first."""
     counts = Counter(label for example in examples for label in labels_of(example, config))
-    if any(example.prompt is None for example in examples):
+    if not config.several and any(example.prompt is None for example in examples):
         bare = next(i for i, example in enumerate(examples) if example.prompt is None)
         raise UserError(f"example {bare + 1} has no label: name the column with --label-column")
     if len(counts) < (1 if config.several else 2):
-        raise UserError(f"the data has {len(counts)} label(s): a classifier needs two or more to tell apart")
+        fix = (
+            "name the column with --label-column" if config.several else "a classifier needs two or more to tell apart"
+        )
+        raise UserError(f"the data has {len(counts)} label(s): {fix}")
     if len(counts) > len(examples) // 2:
         raise UserError(
             f"the data has {len(counts)} labels for {len(examples)} texts: is the label column the right one?"

@@ -104,6 +104,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} {value} is out of range: give 1 or more")
+        if self.window == 1:
+            raise UserError("window 1 is out of range: some steps must look at whole texts; give a share below 1")
         if not 0 <= self.ema < 1:
             raise UserError(f"ema {self.ema} is out of range: give a decay from 0 (off) to below 1")
         if not 0 <= self.dropout < 1:

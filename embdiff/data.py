@@ -98,7 +98,8 @@ def read_examples(
 
     Tables have their text in `text_column`: by default the column "text" or else the first with strings,
     and then the column "prompt", if there is one, has the prompts. What the columns are is looked up in the
-    first 100 rows. A row may lack its prompt, but not its text. Raises UserError for bad input.
+    first 100 rows. A row may lack its prompt, but not its text. A prompt, or label, that is a number or a list of
+    texts becomes a text, joined by |. Raises UserError for bad input.
     """
     return _read(data, _Options(text_column, prompt_column, separator), limit, progress)
 
@@ -260,7 +261,7 @@ def _csv_rows(path: Path) -> Rows:
 
 def _parquet_rows(path: Path) -> Rows:
     try:
-        import pyarrow.parquet as parquet
+        from pyarrow import ArrowException, parquet
     except ImportError:
         raise UserError(f"reading {str(path)!r} needs pyarrow; pip install 'embdiff[train]'") from None
     number = 0
@@ -270,7 +271,7 @@ def _parquet_rows(path: Path) -> Rows:
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}, row {number}", row
-    except (OSError, ValueError) as error:  # pyarrow's own errors are among these, and so is bad UTF-8
+    except (OSError, ValueError, ArrowException) as error:  # bad UTF-8 is among these
         if isinstance(error, UserError):
             raise
         raise UserError(f"cannot read {str(path)!r} as parquet: {reason(error)}; write the file again") from None
@@ -283,7 +284,7 @@ def _table_examples(rows: Rows, options: _Options) -> Iterator[Example]:
     text_column, prompt_column = _choose_columns(first, options)
     for where, row in chain(first, rows):
         text = _cell(where, row, text_column)
-        prompt = _cell(where, row, prompt_column) if prompt_column is not None and prompt_column in row else None
+        prompt = _cell(where, row, prompt_column, True) if prompt_column is not None and prompt_column in row else None
         if text and text.strip():
             yield _example(text, prompt)
 
@@ -319,10 +320,15 @@ def _choose_columns(rows: Sequence[tuple[str, Mapping[str, object]]], options: _
     return candidates[0], prompt
 
 
-def _cell(where: str, row: Mapping[str, object], column: str) -> str | None:
+def _cell(where: str, row: Mapping[str, object], column: str, label: bool = False) -> str | None:
+    """A text; of a prompt, which may be a label, numbers too, and lists of texts joined by |."""
     if column not in row:
         raise UserError(f"{where}: no column {column!r}; choose among {_names(row)}")
     value = row[column]
+    if label and isinstance(value, int | float):  # True and False too
+        value = str(value)
+    elif label and isinstance(value, list) and all(isinstance(part, str) for part in value):
+        value = "|".join(value)
     if value is not None and not isinstance(value, str):
         kind = type(value).__name__
         raise UserError(f"{where}: column {column!r} has {kind}, not text; choose among {_names(row)}")

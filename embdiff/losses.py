@@ -155,6 +155,7 @@ def features(
     with torch.no_grad():
         for _ in range(passes - 1):
             self_cond = denoiser.x0(forward(z, gamma, context, self_cond, known=batch.known))
+    torch.clear_autocast_cache()  # older torch would take weights again that were cast without gradients
     return forward(z, gamma, context, self_cond, known=batch.known)
 
 

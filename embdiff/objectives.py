@@ -151,9 +151,11 @@ class Diffusion(Objective):
         return cast(list[str], texts)
 
     def write(self, output: Path) -> None:
-        """The pipeline, each part in its folder."""
+        """The pipeline, each part in its folder; the index comes last: beside parts that differ there is none."""
+        index = "model_index.json"
         checkpoint.save_folder(output / "pipeline.new", self._pipeline().save_pretrained)
-        for path in (output / "pipeline.new").iterdir():
+        (output / index).unlink(missing_ok=True)
+        for path in sorted((output / "pipeline.new").iterdir(), key=lambda path: path.name == index):
             target = output / path.name
             if target.is_dir():
                 shutil.rmtree(target)

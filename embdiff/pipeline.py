@@ -27,7 +27,8 @@ from embdiff.compilation import Forward
 from embdiff.denoiser import Denoiser
 from embdiff.errors import UserError, reason
 from embdiff.guidance import ClassifierFreeGuidance, Guidance
-from embdiff.guidance.base import Run
+from embdiff.guidance.automaton import Automaton
+from embdiff.guidance.base import Constraint, Run
 from embdiff.guidance.classifier import NoisyClassifier
 from embdiff.noise import GumbelSchedule, noise_schedule
 from embdiff.prediction import Predictor
@@ -232,6 +233,18 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
                 progress.update()
 
         return self._finished(predictor, z, output_type, return_dict)
+
+    def check(self, guidance: Sequence[Guidance], samples: int, max_length: int | None = None) -> None:
+        """Raises UserError where no text can be what constraints ask of one of so many samples.
+
+        A call refuses that for its own; this is for samples that come in several.
+        """
+        length = self._length(max_length)
+        run = Run(self.denoiser, self.tokenizer, samples, length, classifiers=self.classifiers)
+        asked = [part for module in guidance for part in module.parts(run) if isinstance(part, Constraint)]
+        if asked:
+            cause = ", ".join(part.cause for part in asked)
+            Automaton.of([part.language for part in asked], run.pieces, samples, length, cause)
 
     @property
     def num_timesteps(self) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -141,11 +142,18 @@ class Predictor:
         constraints = [part for part in self.parts if isinstance(part, Constraint)]
         self.automaton = self._automaton(constraints) if constraints else None
         self.vetoes = [part for part in self.parts if isinstance(part, Veto)]
-        if self.vetoes and self.automaton is not None:  # what contradicts itself is refused before the first step
-            self.round(torch.zeros(run.samples, run.length, self.denoiser.dim, device=run.device))
+        if self.vetoes and self.automaton is not None:
+            self._check(self.automaton)
         self.plans: dict[tuple[bool, ...], Plan] = {}
         for gamma in gammas:
             self.plan(gamma)
+
+    def _check(self, automaton: Automaton) -> None:
+        """Refuses what contradicts itself before the first step. Samples that are asked alike are one here."""
+        self.automaton = replace(automaton, accepts=torch.unique(automaton.accepts, dim=0))
+        samples = len(self.automaton.accepts)
+        self.round(torch.zeros(samples, self.run.length, self.denoiser.dim, device=self.run.device))
+        self.automaton = automaton
 
     def __call__(self, z: Tensor, gamma: float, self_cond: Tensor | None) -> Tensor:
         """x0 [B, L, D], fp32, for latents z [B, L, D] at noise level gamma, given the previous x0; None = no step was
@@ -159,14 +167,14 @@ class Predictor:
         means = [
             (branch, self._posterior(h, plan, changes, branch.denoiser)) for branch, h in pairs if branch.space == "x0"
         ]
-        posterior = guided(posterior, means) if means else posterior
+        alone, posterior = posterior, guided(posterior, means) if means else posterior
         if self.rows is not None:
             posterior = spread(posterior, self.rows, z.shape[:2])
         for automaton, strength in plan.demands:
             posterior = constrained(posterior, automaton, strength)
         if self.skip_padding and gamma <= self.draw_above:
-            # What constraints ask for is seen in the posterior only while they are active.
-            seen = self.automaton is None or plan.automaton is not None
+            # What constraints ask for is seen in the posterior only where all of them act in full.
+            seen = self.automaton is None or [(id(a), s) for a, s in plan.demands] == [(id(self.automaton), 1.0)]
             self.rows = live(posterior.kept[..., 0]) if seen else None
         x0, pull = self._x0(posterior, gamma), None
         if plan.gradients:
@@ -176,7 +184,12 @@ class Predictor:
             gradient = torch.stack([g.strength * g.of(z, gamma) for g in plan.gradients]).sum(0)
             pull = gradient / math.sqrt(1 + math.exp(gamma))
             x0 = x0 + math.exp(gamma) * pull
-        shared = [(branch.combine, h) for branch, h in pairs if branch.space == "x0" and branch.denoiser is None]
+        by_means = [h for branch, h in pairs if branch.space == "x0"]
+        shared = [
+            (as_means(branch, alone.mean, other.mean), h)
+            for (branch, other), h in zip(means, by_means, strict=True)
+            if branch.denoiser is None
+        ]
         self.see(gamma, main, looked_at, changes, shared, pull)
         return x0
 
@@ -508,6 +521,17 @@ def combined(main: Tensor, others: Sequence[tuple[Combine, Tensor]]) -> Tensor:
     if len(values) < 2:
         return values[0] if values else main
     return main + (torch.stack(values) - main).sum(0)
+
+
+def as_means(branch: Branch, main: Tensor, other: Tensor) -> Combine:
+    """How features are combined by a branch that combines means [.., D]: as it does where that is linear, else along
+    their difference, as far as the means moved along theirs."""
+    if branch.means is None or branch.scale is not None:
+        return branch.combine
+    change = main - other
+    moved = ((branch.means(main, other) - main) * change).sum(-1, keepdim=True)
+    share = moved / change.square().sum(-1, keepdim=True).clamp(min=1e-12)
+    return lambda h, less: h + (share * (h - less)).to(h.dtype)
 
 
 def guided(main: ops.Posterior, others: Sequence[tuple[Branch, ops.Posterior]]) -> ops.Posterior:

@@ -364,6 +364,7 @@ class Trainer:
     def run(self, should_stop: Callable[[], bool]) -> None:
         """Trains until the steps or the time are used up, then writes the model."""
         config = self.config
+        written = self._finished() and (self.output / "model_index.json").exists()  # and perhaps tuned since
         begin = time.monotonic() - self.progress.seconds
         mark, tokens = time.monotonic(), self.progress.tokens
         while not self._finished():
@@ -374,16 +375,19 @@ class Trainer:
                 now = time.monotonic()
                 self._log((self.progress.tokens - tokens) / max(now - mark, 1e-9))
                 mark, tokens = now, self.progress.tokens
+            pause = time.monotonic()
             if step % config.validate_every == 0 and not self._finished():
                 by_main(self.accelerator, self._validate)
-                mark = time.monotonic()
             if step % config.save_every == 0 or stop or self._finished():
                 self._save()
-                mark = time.monotonic()
+            mark += time.monotonic() - pause
             if stop and not self._finished():
                 raise Stopped(str(self.output))
         by_main(self.accelerator, self._validate)
-        by_main(self.accelerator, self._write_model)
+        if written:
+            self.reporter.note("the run was finished: its model stays as it is")
+        else:
+            by_main(self.accelerator, self._write_model)
         if config.tracker:
             self.accelerator.end_training()
 
@@ -441,11 +445,11 @@ class Trainer:
         # Where there are prompts, each can be encoded once for several noise levels of its text.
         several = self.train_set.prompt.shape[1] and not self.objective.whole
         draws = config.draws if several else 1
-        each = self.window.count(config.batch_size // draws, turn)
-        start = self.window.start(config.batch_size // draws, turn) * world
-        index = batch_index(len(self.train_set), start, each * world, config.seed)
+        examples = world * (config.batch_size // draws)
+        count = self.window.count(examples, turn)
+        index = batch_index(len(self.train_set), self.window.start(examples, turn), count, config.seed)
         self.progress.tokens += draws * int(self.train_set.text_length[index].clip(max=length).sum())
-        mine = slice(rank * each * draws, (rank + 1) * each * draws)
+        mine = slice(count * rank // world * draws, count * (rank + 1) // world * draws)
         return self.objective.loss(self.train_set.batch(index, length, draws), mine, step, generator)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:

@@ -23,8 +23,8 @@ import numpy as np
 from embdiff.data import Example
 from embdiff.errors import UserError
 from embdiff.evaluation.ngram import NGram
-from embdiff.evaluation.samples import FEWEST, draw
-from embdiff.schedulers import EmbeddingScheduler, with_solver
+from embdiff.evaluation.samples import FEWEST, as_written, draw
+from embdiff.schedulers import EmbeddingScheduler, scheduler_class, with_solver
 
 if TYPE_CHECKING:
     from embdiff.pipeline import TextDiffusionPipeline
@@ -83,8 +83,8 @@ class Examiner:
             )
         self.pipe, self.samples, self.seed, self.options = pipe, samples, seed, options
         self.trained = pipe.scheduler
-        self.judge = NGram.fit([example.text for example in train], order=5, min_count=2)
-        self.real = [example.text for example in valid]
+        read, held_out = (as_written(pipe.tokenizer, [e.text for e in part]) for part in (train, valid))
+        self.judge, self.real = NGram.fit(read, order=5, min_count=2), held_out
         prompts = [example.prompt for example in valid] if pipe.denoiser.config.max_prompt_length else []
         self.prompts = [prompts[i % len(prompts)] if prompts else None for i in range(samples)]
 
@@ -101,9 +101,13 @@ class Examiner:
         return self.judge.cross_entropy(texts), coverage
 
     def scheduler(self, solver: str, options: dict[str, Any], powers: dict[int, float]) -> EmbeddingScheduler:
-        """The solver over the trained noise schedule, with levels t_k = (1 - k / N)^p for each N in `powers`."""
-        schedule = self.trained.noise_schedule
-        levels = dict(self.trained.config.levels or {})
+        """The solver over the trained noise schedule, with levels t_k = (1 - k / N)^p for each N in `powers`.
+
+        Levels that were tuned before stay where they were so for this solver with these options.
+        """
+        schedule, before = self.trained.noise_schedule, self.trained.config
+        same = type(self.trained) is scheduler_class(solver) and {**before, **options} == {**before}
+        levels = dict(before.levels or {}) if same else {}
         levels |= {str(n): schedule.gamma((1 - np.arange(n) / n) ** p).tolist() for n, p in powers.items()}
         return with_solver(self.trained, solver, levels=levels, **options)
 

@@ -62,7 +62,7 @@ def train_word(texts: Iterable[str], min_count: int = 2) -> PreTrainedTokenizerF
 
     Ids go by descending count, then by alphabet, after the 4 specials. Decoding joins the words with single blanks.
     """
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
     if min_count < 1:
         raise UserError(f"minimum word count {min_count} is below 1; give 1 to keep every word")
@@ -75,6 +75,8 @@ def train_word(texts: Iterable[str], min_count: int = 2) -> PreTrainedTokenizerF
     vocabulary = {entry: index for index, entry in enumerate(entries)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIALS["unk_token"]))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    # What looks like a special token is a word that isn't known, not an end.
+    tokenizer.normalizer = normalizers.Replace(Regex(r"(?<!\S)<(pad|bos|eos)>(?!\S)"), SPECIALS["unk_token"])
     return _wrap(tokenizer)
 
 
@@ -98,6 +100,7 @@ def load(name_or_path: str) -> PreTrainedTokenizerBase:
             f"{name_or_path!r} is neither a tokenizer folder nor one that the hub gives ({reason(error)}); "
             "check the name and the network, or use 'bpe' or 'word'"
         ) from None
+    tokenizer.split_special_tokens = True  # an end that stands in a text is characters
     needed = ("pad_token", "eos_token")
     if missing := {role: SPECIALS[role] for role in needed if getattr(tokenizer, role) is None}:
         tokenizer.add_special_tokens(missing)
@@ -133,7 +136,7 @@ def pieces(tokenizer: PreTrainedTokenizerBase) -> list[str | None]:
     """
     special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     words = (i for i in range(len(tokenizer)) if i not in special)
-    before = next(i for i in words if tokenizer.decode([i]).strip().isalpha())
+    before = max(words, key=lambda i: tokenizer.decode([i]).strip().isalpha())  # the first one, or else any token
     begun = tokenizer.decode([before])
     texts = tokenizer.batch_decode([[before, i] for i in range(len(tokenizer))])
     return [None if i in special else text.removeprefix(begun) for i, text in enumerate(texts)]
@@ -142,8 +145,9 @@ def pieces(tokenizer: PreTrainedTokenizerBase) -> list[str | None]:
 def sets_blanks(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the first token of a text is written without the blank that it has elsewhere."""
     found = pieces(tokenizer)
-    word = next(i for i, text in enumerate(found) if text and text.strip().isalpha())
-    return bool(tokenizer.decode([word]) != found[word])
+    words = (i for i, text in enumerate(found) if text and text.startswith(" ") and text.strip())
+    word = next(words, None)
+    return word is not None and bool(tokenizer.decode([word]) != found[word])
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

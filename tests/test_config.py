@@ -30,6 +30,7 @@ from embdiff.objectives import OBJECTIVES
         ("depth", 2.5),
         ("seed", 10**400),
         ("lr", 10**400),
+        ("window", 1.0),
     ],
 )
 def test_options_out_of_range_are_refused(option, value):

@@ -100,6 +100,13 @@ def test_columns_are_found_or_named(tmp_path: Path) -> None:
     assert read_examples(data) == [Example("p")]
 
 
+def test_a_label_may_be_a_number_or_a_list(tmp_path: Path) -> None:
+    labels = [3, True, 0.5, ["toxic", "insult"], [], None, "mild"]
+    data = write(tmp_path / "a.jsonl", "\n".join(json.dumps({"text": "x", "label": label}) for label in labels))
+    found = [example.prompt for example in read_examples(data, prompt_column="label")]
+    assert found == ["3", "True", "0.5", "toxic|insult", None, None, "mild"]
+
+
 def test_columns_are_those_of_many_rows(tmp_path: Path) -> None:
     late = [{"id": 1, "body": None}, {"id": "2b", "body": "b"}, {"body": "c", "prompt": "p"}]
     data = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, late)))

@@ -14,6 +14,7 @@ import pytest
 # Bytes on compute capability 9.0: of shared memory in a multiprocessor; and of a thread's numbers that find no register
 # and go back and forth, of which a few are nothing beside the loads of a tile.
 SHARED, SPILLED = 227 * 1024, 128
+KERNELS = ("_parts", "_merge", "_step", "_normal", "_argmax", "_best_path")
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def compiled(tmp_path_factory):
 
 
 def test_every_kernel_compiles_for_a_gpu(compiled):
-    assert {kernel["name"] for kernel in compiled} == {"_parts", "_merge", "_step", "_normal", "_argmax"}
+    assert {kernel["name"] for kernel in compiled} == set(KERNELS)
 
 
 def test_no_kernel_needs_more_than_a_gpu_has(compiled):
@@ -87,7 +88,7 @@ def compile_all():
         }  # fmt: skip
 
     driver.set_active(Absent())
-    for name in ("_parts", "_merge", "_step", "_normal", "_argmax"):
+    for name in KERNELS:
         kernel = getattr(kernels, name)
         kernel.run = partial(compile_only, kernel.run)
     kernels._processors = lambda device: 132
@@ -117,6 +118,8 @@ def compile_all():
             for draw in (-1, 3):
                 for scale, made in ((None, parts), (2.0, both)):
                     kernels.step(made, z, (z, z), row, lengths, seeds, draw, scale, z, z)
+    case = "32 candidates"
+    kernels.best_path(torch.zeros(2, 64, 32), torch.zeros(2, 63, 32, 32))
     print(json.dumps(list(found.values())))
 
 

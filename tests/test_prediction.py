@@ -11,6 +11,19 @@ from embdiff.guidance import ClassifierFreeGuidance, Length, Lexical, NoRepeatNg
 from embdiff.guidance.base import Run
 from embdiff.guidance.sampling import repeated
 
+
+@pytest.mark.parametrize(("strength", "cut"), [(1.0, True), (0.1, False), (0.0, False)])
+def test_positions_that_a_weak_demand_will_need_are_looked_at(pipe, monkeypatch, strength, cut):
+    monkeypatch.setattr(prediction, "live", lambda padding: torch.tensor([0]))
+    run = Run(pipe.denoiser, pipe.tokenizer, 1, length=12)
+    predictor = prediction.Predictor(
+        run, [Length(words=3, strength=strength)], kept=pipe._kept_tokens(), draw_above=9.0, skip_padding=True
+    )
+    with torch.no_grad():
+        predictor(torch.randn(1, 12, 16), 0.0, None)
+    assert (predictor.rows is not None) == cut
+
+
 PROMPTS = ["a cat", "the dog sees", "tree"]
 
 

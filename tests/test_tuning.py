@@ -53,6 +53,21 @@ def test_texts_are_charged_for_what_nobody_writes_and_for_what_they_lack(pipe):
     assert charges["noise"].fluency > charges["real"].fluency
 
 
+def test_texts_are_judged_as_the_model_could_have_written_them(pipe):
+    odd = [Example(f"zebra {text}") for text in sentences(100, 1)]
+    examiner = Examiner(pipe, odd, odd[:20], samples=1)
+    assert "zebra" not in examiner.judge.vocabulary
+    assert all(text.startswith("<unk> ") for text in examiner.real)
+
+
+def test_levels_of_another_solver_are_dropped(pipe):
+    first = Examiner(pipe, examples(100, 1), examples(20, 2), samples=1).scheduler("unipc", {}, {8: 1.5})
+    pipe.scheduler = first
+    examiner = Examiner(pipe, examples(100, 1), examples(20, 2), samples=1)
+    assert {*examiner.scheduler("unipc", {}, {4: 0.7}).config.levels} == {"4", "8"}
+    assert {*examiner.scheduler("ddim", {}, {4: 0.7}).config.levels} == {"4"}
+
+
 def test_a_trial_draws_the_same_texts_again_and_leaves_the_pipeline_as_it_was(pipe):
     before = pipe.scheduler
     examiner = Examiner(pipe, examples(100, 1), examples(20, 2), samples=tuning.BATCH + 2, seed=5)

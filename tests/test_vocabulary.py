@@ -12,7 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embdiff.errors import UserError
-from embdiff.vocabulary import before_end, build, decode, fingerprint, load, train_bpe, train_word
+from embdiff.vocabulary import (
+    before_end,
+    build,
+    decode,
+    fingerprint,
+    load,
+    pieces,
+    sets_blanks,
+    train_bpe,
+    train_word,
+)
 
 TEXTS = ["the cat sat .", "the dog sat , the cat ran .", "naïve café   two  blanks", "the end"] * 3
 BPE = train_bpe(TEXTS, 300)
@@ -48,6 +58,21 @@ def test_words_come_back_with_single_blanks_and_visible_unknowns(words: list[str
     known = set(WORD.get_vocab())
     expected = " ".join(word if word in known else "<unk>" for word in words)
     assert decode(WORD, encode(WORD, blank.join(words))) == expected
+
+
+def test_what_looks_like_an_end_is_an_unknown_word(tmp_path: Path) -> None:
+    text = "the cat <eos> sat <pad> ."
+    assert decode(WORD, encode(WORD, text)) == "the cat <unk> sat <unk> ."
+    foreign = train_bpe(TEXTS, 300)
+    foreign.split_special_tokens = False
+    foreign.save_pretrained(tmp_path)
+    assert decode(load(str(tmp_path)), encode(load(str(tmp_path)), text)) == text
+
+
+def test_what_tokens_add_is_known_where_none_is_letters_alone() -> None:
+    numbers = train_word(["60 64 67", "note_60 dur_4"], 1)
+    assert set(pieces(numbers)) == {None, " <unk>", " 60", " 64", " 67", " note_60", " dur_4"}
+    assert sets_blanks(numbers)
 
 
 @given(st.lists(st.text(alphabet="abc ", max_size=12), min_size=1).filter(lambda ts: any(map(str.split, ts))))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from embdiff.cli.common import check_counts, check_seed, load_pipeline, quiet, shown
+from embdiff.cli.common import check_counts, check_local, check_seed, load_pipeline, quiet, shown
 from embdiff.cli.train import DATA_HELP
 from embdiff.errors import UserError
 
@@ -46,6 +46,7 @@ def train_classifier(
     if target.exists() and not overwrite:
         raise UserError(f"{model} already has a classifier {name!r}: use --overwrite, or another --name")
     pipe = load_pipeline(str(model), device, "fp32")
+    check_local(model)
     examples = read_examples(
         data, text_column=text_column, prompt_column=label_column, separator=separator, limit=limit
     )

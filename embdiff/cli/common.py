@@ -177,6 +177,12 @@ def load_pipeline(
     return pipe
 
 
+def check_local(model: Path) -> None:
+    """Refuses what is no folder of a model, where something is to be stored with it."""
+    if not (model / "model_index.json").exists():
+        raise UserError(f"{model} is no model's folder on this machine: name the one that embdiff train wrote")
+
+
 def set_scheduler(pipe: TextDiffusionPipeline, solver: str | None, noise_schedule: str | None = None) -> None:
     """Another solver, and levels even in another schedule's time, over the noise schedule that the model has; the
     model's own solver stays as it was tuned."""
@@ -237,6 +243,8 @@ def kinds(data: str) -> tuple[bool, bool]:
     """Whether a source may have lines of text, and tables."""
     from embdiff.data import local_path
 
+    if data == "docstrings":
+        return False, False
     path = local_path(data)
     lines = path.suffix.lower() == ".txt"
     return (True, True) if path.is_dir() else (lines, not lines)
@@ -269,12 +277,22 @@ def read_prompts(path: str) -> list[str]:
     return prompts
 
 
+def check_encoding(option: str, value: str | None) -> None:
+    """Refuses half characters, which no tokenizer takes: bytes that are not UTF-8 come as such."""
+    from embdiff.data import has_lone_surrogate
+
+    if value is not None and has_lone_surrogate(value):
+        raise UserError(f"{option} {value!r} is not UTF-8: check the terminal's encoding")
+
+
 def parsed(guidance: list[str]) -> list[Guidance]:
     """The modules that --guidance names."""
     if not guidance:
         return []
     from embdiff.guidance import parse
 
+    for spec in guidance:
+        check_encoding("--guidance", spec)
     return [parse(spec) for spec in guidance]
 
 

@@ -99,6 +99,9 @@ def eval_control(
         raise UserError("--control custom needs to know what success is: give --scorer-data and --label, or --lexicon")
     if label is not None and (scorer_data is None or "custom" not in control):
         raise UserError(f"--label {label!r} is told by a scorer, in --control custom: give it and --scorer-data too")
+    for option, value in (("--label-column", label_column), ("--text-column", text_column)):
+        if value is not None and scorer_data is None:
+            raise UserError(f"{option} {value!r} is for --scorer-data, and none is given")
     check_output(output, overwrite)
     start = time.monotonic()
     quiet()
@@ -148,6 +151,9 @@ def new_scorer(data: str, text_column: str | None, label_column: str | None, see
     from embdiff.evaluation.scorer import Scorer
 
     examples = read_examples(data, text_column=text_column, prompt_column=label_column)
+    bare = next((i for i, example in enumerate(examples) if example.prompt is None), None)
+    if bare is not None:
+        raise UserError(f"{data}: example {bare + 1} has no label: name the column with --label-column")
     return Scorer([e.text for e in examples], [e.prompt or "" for e in examples], seed)
 
 
@@ -211,8 +217,7 @@ class Demand(NamedTuple):
     def _labelled(self, label: str) -> Check:
         from embdiff.evaluation.control import mentioned, scored
 
-        known = self.scorer is not None and label in self.scorer.labels
-        return scored(self.scorer, label) if self.scorer is not None and known else mentioned(label)
+        return mentioned(label) if self.scorer is None else scored(self.scorer, label)
 
 
 def show(rows: list[dict[str, Any]]) -> None:

@@ -69,6 +69,7 @@ def frontier(
     quiet()
     from embdiff.evaluation import frontier as frontiers
     from embdiff.evaluation import report as reports
+    from embdiff.evaluation.judges import check_judges
     from embdiff.evaluation.samples import as_written, endable, some
     from embdiff.schedulers import scheduler_class
 
@@ -79,6 +80,7 @@ def frontier(
     valid, train, sources = real_texts(model, data, judge_data, reading=reading)
     note_prompts(pipe, valid)
     (judged,) = named_judges([judge], pipe, train, valid)
+    check_judges([judged], pipe, as_written(pipe.tokenizer, [example.text for example in valid]))
     valid = endable(pipe, valid)
     if len(valid) < samples:
         raise UserError(

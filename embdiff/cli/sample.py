@@ -19,6 +19,7 @@ from embdiff.cli.common import (
     GUIDANCE_HELP,
     SOLVERS,
     check_counts,
+    check_encoding,
     check_output,
     check_seed,
     check_temperature,
@@ -28,7 +29,6 @@ from embdiff.cli.common import (
     read_prompts,
     set_scheduler,
 )
-from embdiff.data import has_lone_surrogate
 from embdiff.errors import UserError
 
 if TYPE_CHECKING:
@@ -104,9 +104,8 @@ def sample(
     check(num_samples, steps, cfg_scale, batch_size, temperature, seed)
     check_output(output, overwrite, resume)
     modules = parsed(guidance)
-    for name, value in (("--prompt", prompt), ("--negative-prompt", negative_prompt)):
-        if value is not None and has_lone_surrogate(value):
-            raise UserError(f"{name} {value!r} is not UTF-8: check the terminal's encoding")
+    check_encoding("--prompt", prompt)
+    check_encoding("--negative-prompt", negative_prompt)
     if prompt is not None and prompts is not None:
         raise UserError("both --prompt and --prompts are given: choose one")
     sources: list[str | None] = [prompt] if prompts is None else list(read_prompts(prompts))
@@ -115,8 +114,8 @@ def sample(
         module.for_samples(0, len(jobs), len(jobs))  # refuses what is not there for each sample, before all is loaded
     prompted = any(sources) or bool(negative_prompt)
     scale = whole_scale(cfg_scale, modules) if prompted else 1.0
-    if not prompted and cfg_scale != 1:
-        print(f"--cfg-scale {cfg_scale:g} has no effect without a prompt: nothing to steer by", file=sys.stderr)
+    if not prompted:
+        say_idle(cfg_scale, modules)
     elif scale == 1 and negative_prompt is not None:
         print("--negative-prompt has no effect at --cfg-scale 1: give a scale such as 2", file=sys.stderr)
     as_json = as_json or (output is not None and output.suffix == ".jsonl")
@@ -126,6 +125,8 @@ def sample(
     from embdiff.guidance import ClassifierFreeGuidance
 
     set_scheduler(pipe, scheduler, noise_schedule)
+    if varied := [module for module in modules if module.for_samples(0, 1, len(jobs)) != module]:
+        pipe.check(varied, len(jobs), max_length)
     warn_of_long_prompts(pipe, [p for p in sources if p])
     options: dict[str, Any] = {
         "num_inference_steps": steps,
@@ -157,6 +158,16 @@ def sample(
             print(line(record, as_json), flush=True)
     else:
         write(records(done, len(jobs)), len(jobs), done, output, as_json)
+
+
+def say_idle(cfg_scale: float, modules: Sequence[Guidance]) -> None:
+    """Says which classifier-free guidance does nothing where there is no prompt."""
+    from embdiff.guidance import ClassifierFreeGuidance
+
+    given = [f"--cfg-scale {cfg_scale:g}"] if cfg_scale != 1 else []
+    given += [f"--guidance {m.name}" for m in modules if isinstance(m, ClassifierFreeGuidance) and m.scale != 1]
+    for what in given:
+        print(f"{what} has no effect without a prompt: nothing to steer by", file=sys.stderr)
 
 
 def whole_scale(cfg_scale: float, modules: Sequence[Guidance]) -> float:

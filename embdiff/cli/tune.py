@@ -14,6 +14,7 @@ from embdiff.cli.common import (
     TEXT_COLUMN_HELP,
     Reading,
     check_counts,
+    check_local,
     check_reading,
     check_seed,
     like_run,
@@ -52,6 +53,7 @@ def tune_steps(
     from embdiff.tuning import Examiner, tune
 
     pipe = load_pipeline(str(model), device)
+    check_local(model)
     reading = Reading(separator, text_column, prompt_column)
     check_reading(reading, data)
     texts = run_corpus(model) if data is None else halves(like_run(model, data, reading))
@@ -65,6 +67,9 @@ def tune_steps(
     best = tune(examiner, sorted(set(steps)), lambda trial: typer.echo(line(trial)))
     chosen = next(iter(best.values()))
     scheduler = examiner.scheduler(chosen.solver, chosen.options, {n: trial.power for n, trial in best.items()})
+    dropped = {*(pipe.scheduler.config.levels or {})} - {*(scheduler.config.levels or {})}
+    if dropped:
+        typer.echo(f"the levels for {', '.join(sorted(dropped, key=int))} steps were tuned for another solver: dropped")
     save_folder(model / "scheduler", scheduler.save_pretrained)
     note_in_index(model / "model_index.json", scheduler, chosen.temperature)
     typer.echo("best:")

@@ -57,15 +57,21 @@ class NGramJudge:
 
 
 def check_words(judge: Judge, texts: Sequence[str]) -> None:
-    """Refuses an n-gram to which most words of real texts are `<unk>`: it would find everything likely."""
-    if not isinstance(judge, NGramJudge):
+    """Refuses a judge to which most words of real texts are `<unk>`: it would find everything likely."""
+    if isinstance(judge, NGramJudge):
+        known, words = set(judge.model.vocabulary), [word for text in texts for word in text.split()]
+        strange, fix = [word not in known for word in words], "name more of them with --judge-data, or another judge"
+    elif isinstance(judge, AutoregressiveJudge | TransformersJudge):
+        unknown = judge.tokenizer.unk_token_id
+        ids = [token for text in texts for token in vocabulary.tokens(judge.tokenizer, text)]
+        strange, fix = [token == unknown for token in ids], "name another judge"
+    else:
         return
-    known, words = set(judge.model.vocabulary), [word for text in texts for word in text.split()]
-    share = sum(word in known for word in words) / max(1, len(words))
+    share = 1 - sum(strange) / max(1, len(strange))
     if share < 0.5:
         raise UserError(
             f"the {judge.name} judge knows {share:.0%} of the held-out words, as its texts are few or of another kind: "
-            "name more of them with --judge-data, or another judge"
+            + fix
         )
 
 
@@ -118,8 +124,9 @@ class TransformersJudge:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         options = {"use_safetensors": True, "output_loading_info": True, "local_files_only": True}
+        options["trust_remote_code"] = False  # nor ask whether to
         try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(source, local_files_only=True)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
             found, told = AutoModelForCausalLM.from_pretrained(source, **options)
         except Exception as error:
             raise UserError(

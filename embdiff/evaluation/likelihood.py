@@ -34,7 +34,8 @@ class Likelihood(NamedTuple):
     """An estimate over a set of texts.
 
     nats_per_token: an upper bound, over tokens and ends of text.
-    standard_error: of that mean, from the differences between texts; NaN for one text.
+    standard_error: of that mean, from the differences between texts, or where there are prompts between prompts, each
+        with all its texts; NaN for one. Texts without prompts are taken to be independent.
     noise_error: of other random numbers on the same texts, at most: that strata span texts makes the bound's smaller.
     parts: what nats_per_token is made of. texts, tokens: counted.
     """
@@ -232,7 +233,12 @@ def _over(
     mean = float(per_text.sum() / tokens)
     # Of a ratio of sums: its error is that of the residuals (the delta method).
     residual = per_text - mean * lengths
-    spread = float(np.sqrt((residual**2).sum() * texts / (texts - 1)) / tokens) if texts > 1 else math.nan
+    if encoded.prompt_length.any():  # texts of one prompt are no independent ones
+        alone = np.arange(texts)[:, None] * (encoded.prompt_length == 0)[:, None]
+        _, group = np.unique(np.hstack([encoded.prompt, alone]), axis=0, return_inverse=True)
+        residual = np.bincount(group.ravel(), residual)
+    drawn = len(residual)
+    spread = float(np.sqrt((residual**2).sum() * drawn / (drawn - 1)) / tokens) if drawn > 1 else math.nan
     noise = float(np.sqrt(((pairs[0] - pairs[1]).sum(0) ** 2).sum()) / 2 / tokens)
     shares = {name: float(value) for name, value in zip(names, pairs.mean(0).sum(1) / tokens, strict=True)}
     return Likelihood(mean, spread, noise, shares, texts, int(tokens))

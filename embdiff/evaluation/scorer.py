@@ -34,6 +34,11 @@ class Scorer:
         self.labels = sorted(set(labels))
         if len(texts) != len(labels) or len(self.labels) < 2:
             raise UserError(f"{len(texts)} texts with {len(self.labels)} different labels: a scorer needs two or more")
+        if len(self.labels) > max(2, len(texts) // 2):
+            raise UserError(
+                f"the scorer's data has {len(self.labels)} labels for {len(texts)} texts: "
+                "is the label column the right one?"
+            )
         targets = torch.tensor([self.number(label) for label in labels])
         balance = len(texts) / (len(self.labels) * targets.bincount())
         features = [grams(text) for text in texts]
@@ -60,7 +65,8 @@ class Scorer:
     def number(self, label: str) -> int:
         """Where the label stands among all. Raises UserError for an unknown one."""
         if label not in self.labels:
-            raise UserError(f"the scorer has no label {label!r}: choose one of {', '.join(self.labels)}")
+            some = ", ".join(self.labels[:20]) + (" .." if len(self.labels) > 20 else "")
+            raise UserError(f"the scorer has no label {label!r}: choose one of {some}")
         return self.labels.index(label)
 
     def _logits(self, features: Sequence[list[int]]) -> Tensor:

@@ -5,7 +5,7 @@ from embdiff.guidance.classifier import ClassifierGuidance
 from embdiff.guidance.classifier_free import Autoguidance, ClassifierFreeGuidance
 from embdiff.guidance.length import Length
 from embdiff.guidance.lexical import Lexical
-from embdiff.guidance.registry import modules, parse
+from embdiff.guidance.registry import parse
 from embdiff.guidance.sampling import MinP, NoRepeatNgram, Processors, RepetitionPenalty, TopK, TopP
 from embdiff.guidance.toxicity import Toxicity
 
@@ -23,6 +23,5 @@ __all__ = [
     "TopK",
     "TopP",
     "Toxicity",
-    "modules",
     "parse",
 ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -23,7 +25,8 @@ class Away(Guidance):
     """Abstract. u + scale (c - u): from the prediction u of one who knows less, past the main one, c.
 
     scale: 1 = off, at most 1e4 in size. space: of mean embeddings ("x0") or of features, and so of logits ("logits").
-    Three remedies against what large scales spoil, for x0, position by position:
+    Three remedies against what large scales spoil, for x0, position by position (a text that is rounded with
+    transitions follows them as far as they shorten or lengthen c - u):
 
     rescale: 0 to 1, how far the guided value gets the length that c has (Lin et al. 2023, arXiv:2305.08891,
         equations 15 and 16); 0 = off.
@@ -32,7 +35,7 @@ class Away(Guidance):
     radius: what c - u is shortened to, in embedding lengths (their equation 10); none by default.
     """
 
-    scale: float = 1.0
+    scale: float = 2.0
     space: str = "x0"
     rescale: float = 0.0
     parallel: float = 1.0
@@ -103,8 +106,9 @@ class ClassifierFreeGuidance(Away):
 class Autoguidance(Away):
     """Away from a weaker version of the model (Karras et al. 2024, arXiv:2406.02507).
 
-    model: the folder of a weaker one in the same embedding space, such as an earlier checkpoint's. By default the
-    weaker version is the model itself without self-conditioning.
+    model: the folder of a weaker one in the same embedding space, such as an earlier checkpoint's; of it nothing is
+    known when a text is rounded with transitions. By default the weaker version is the model itself without
+    self-conditioning.
     """
 
     name: ClassVar[str] = "autoguidance"
@@ -128,12 +132,21 @@ class Autoguidance(Away):
 
 def weaker_denoiser(folder: str, run: Run) -> Denoiser:
     """The denoiser in a folder; UserError if it lives in another embedding space."""
-    from embdiff.pipeline import load
-
-    weaker: Denoiser = load(folder).denoiser.to(run.device, run.denoiser.dtype).eval()
+    index = Path(folder) / "model_index.json"
+    changed = index.stat().st_mtime_ns if index.exists() else 0
+    weaker = loaded_denoiser(folder, changed, run.device, run.denoiser.dtype)
     ours, theirs = run.denoiser.space.table(), weaker.space.table()
     if ours.shape != theirs.shape or float(torch.cosine_similarity(ours, theirs).mean()) < 0.9:
         raise UserError(
             f"{folder} has another embedding space: autoguidance needs an earlier state of the same run, or none"
         )
     return weaker
+
+
+@lru_cache(maxsize=1)
+def loaded_denoiser(folder: str, changed: int, device: torch.device, dtype: torch.dtype) -> Denoiser:
+    """Loaded once for all batches, as long as the folder is the same."""
+    from embdiff.pipeline import load
+
+    denoiser: Denoiser = load(folder).denoiser.to(device, dtype).eval()
+    return denoiser

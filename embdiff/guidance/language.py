@@ -78,10 +78,27 @@ class TokenCount:
 
 @dataclass(frozen=True)
 class CharacterCount(TokenCount):
-    """Texts of so many characters. Tokens that are a part of a character are left out: only several would count one."""
+    """Texts of so many characters. Tokens that are a part of a character are left out: only several would count one.
+
+    sets_blanks: whether a text's first token is written without the blank that it begins with elsewhere.
+    """
+
+    start: State = -1  # no token yet
+    sets_blanks: bool = False
 
     def symbol(self, text: str, token: int = -1) -> Symbol:
-        return None if PART in text else len(text)
+        """The characters that it adds to a text, and to an empty one."""
+        return None if PART in text else (len(text), len(text.removeprefix(" ") if self.sets_blanks else text))
+
+    def step(self, state: State, symbol: Symbol) -> State | None:
+        if symbol is None:
+            return None
+        characters, first = symbol
+        count = first if state == self.start else state + characters
+        return count if count <= self.most else None
+
+    def count(self, state: State) -> int:
+        return max(0, int(state))
 
 
 @dataclass(frozen=True)

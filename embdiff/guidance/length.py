@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 from embdiff import vocabulary
 from embdiff.errors import UserError
 from embdiff.guidance.base import Constraint, Guidance, Part, Run
-from embdiff.guidance.language import CharacterCount, Sentences, Span, TokenCount, WordCount
+from embdiff.guidance.language import CharacterCount, Language, Sentences, Span, TokenCount, WordCount
 
 Count = int | str | tuple[int, int] | Sequence["int | str | tuple[int, int]"]
 
@@ -53,9 +54,11 @@ class Length(Guidance):
         return replace(self, **{name: count[first:last] for name, count in lists.items()})
 
     def parts(self, run: Run) -> Iterable[Part]:
-        kinds: dict[str, type[TokenCount | WordCount | CharacterCount]] = {
-            "tokens": TokenCount, "words": WordCount, "characters": CharacterCount,
-        }  # fmt: skip
+        kinds: dict[str, Callable[[list[Span]], Language]] = {
+            "tokens": TokenCount,
+            "words": WordCount,
+            "characters": partial(CharacterCount, sets_blanks=vocabulary.sets_blanks(run.tokenizer)),
+        }
         for name, kind in kinds.items():
             asked = getattr(self, name)
             if asked is None:
@@ -63,9 +66,6 @@ class Length(Guidance):
             wanted = spans(name, asked)
             if len(wanted) not in (1, run.samples):
                 raise UserError(f"{len(wanted)} lengths in {name} for {run.samples} samples: give one, or one for each")
-            if kind is CharacterCount and vocabulary.sets_blanks(run.tokenizer):
-                # The first word is written without the blank that its token adds elsewhere.
-                wanted = [Span(span.low + 1, span.high + 1) for span in wanted]
             yield Constraint(kind([within(span, name, run) for span in wanted]), f"{name} {asked}", self.strength)
         if self.complete:
             yield Constraint(Sentences(), "complete sentences", self.strength)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import groupby, pairwise
+from string import whitespace
 from typing import Any, ClassVar
 
 import torch
@@ -88,7 +89,7 @@ def always(tokenizer: Any, phrases: tuple[str, ...]) -> tuple[int, ...]:
     banned = matcher(phrases)
     assert banned is not None
     texts = [text and text.replace(PART, "_") for text in vocabulary.pieces(tokenizer)]  # it may become a letter
-    if vocabulary.sets_blanks(tokenizer):
+    if all(text is None or text.startswith(" ") for text in texts):  # no token goes on with another's word
         found = (i for i, text in enumerate(texts) if text and (m := banned.search(f" {text} ")) and m.end() > 1)
     else:
         found = (i for i, text in enumerate(texts) if text and whole_inside(banned, text))
@@ -163,6 +164,17 @@ def check_spelling(tokenizer: Any, phrase: str, exactly: bool = False) -> None:
 
     if unknown := [word for word in phrase.split() if not known(word)]:
         raise UserError(f"the model's vocabulary has no {' '.join(unknown)!r}: ask for words it has seen")
+    if not exactly and (apart := sorted(set(phrase.casefold()) - characters(tokenizer) - set(whitespace))):
+        raise UserError(
+            f"{phrase!r}: this tokenizer spells {apart[0]!r} by parts of a character, which can't be asked for "
+            "anywhere; ask for other words, or keep it at a position"
+        )
+
+
+@lru_cache(maxsize=16)
+def characters(tokenizer: Any) -> frozenset[str]:
+    """All that tokens have, in one case of letters."""
+    return frozenset("".join(text or "" for text in vocabulary.pieces(tokenizer)).casefold())
 
 
 def kept_tokens(keep: Mapping[int, str], run: Run) -> dict[int, int]:

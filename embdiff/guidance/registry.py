@@ -13,7 +13,7 @@ from dataclasses import MISSING, Field, fields
 from importlib.metadata import entry_points
 from typing import Any
 
-from embdiff.errors import UserError
+from embdiff.errors import UserError, reason
 from embdiff.guidance.base import Guidance
 from embdiff.guidance.classifier import ClassifierGuidance
 from embdiff.guidance.classifier_free import Autoguidance, ClassifierFreeGuidance
@@ -28,20 +28,25 @@ BUILT_IN: tuple[type[Guidance], ...] = (
 )  # fmt: skip
 
 
-def modules() -> dict[str, type[Guidance]]:
-    """All modules by name, those of other packages included. Raises UserError for one that can't be loaded."""
-    found = {module.name: module for module in BUILT_IN}
-    for entry in entry_points(group="embdiff.guidance"):
-        try:
-            loaded = entry.load()
-        except Exception as error:  # another package's code may fail in every way
-            raise UserError(
-                f"guidance {entry.name!r} of another package cannot be loaded: {type(error).__name__}: {error}"
-            ) from error
-        if not (isinstance(loaded, type) and issubclass(loaded, Guidance)):
-            raise UserError(f"guidance {entry.name!r} of another package is no subclass of embdiff.guidance.Guidance")
-        found.setdefault(entry.name, loaded)
-    return found
+def find(name: str) -> type[Guidance]:
+    """The module of a name; one of another package is loaded only now, so that a broken one troubles no other.
+
+    Raises UserError for an unknown name, and for what can't be loaded.
+    """
+    found = {built_in.name: built_in for built_in in BUILT_IN}
+    others = {entry.name: entry for entry in entry_points(group="embdiff.guidance")}
+    if name in found:
+        return found[name]
+    if name not in others:
+        raise UserError(f"guidance {name!r} is unknown: choose one of {', '.join(sorted({*found, *others}))}")
+    try:
+        loaded = others[name].load()
+    except Exception as error:  # another package's code may fail in every way
+        kind = type(error).__name__
+        raise UserError(f"guidance {name!r} of another package cannot be loaded: {kind}: {reason(error)}") from error
+    if not (isinstance(loaded, type) and issubclass(loaded, Guidance)):
+        raise UserError(f"guidance {name!r} of another package is no subclass of embdiff.guidance.Guidance")
+    return loaded
 
 
 def parse(spec: str) -> Guidance:
@@ -51,10 +56,8 @@ def parse(spec: str) -> Guidance:
     `lexical:"include=no, thanks"`.
     """
     name, _, rest = spec.partition(":")
-    known = modules()
-    if name not in known:
-        raise UserError(f"guidance {name!r} is unknown: choose one of {', '.join(sorted(known))}")
-    options = {field.name: field for field in fields(known[name])}
+    chosen = find(name)
+    options = {field.name: field for field in fields(chosen)}
     given: dict[str, Any] = {}
     for pair in pairs_of(name, rest):
         option, equals, value = pair.strip().partition("=")
@@ -70,7 +73,7 @@ def parse(spec: str) -> Guidance:
     missing = [o for o, field in options.items() if field.default is field.default_factory is MISSING]
     if lacking := [option for option in missing if option not in given]:
         raise UserError(f"guidance {name} needs {', '.join(lacking)}, as in {name}:{lacking[0]}=..")
-    return known[name](**given)
+    return chosen(**given)
 
 
 def pairs_of(name: str, text: str) -> list[str]:

@@ -82,6 +82,17 @@ def test_a_judge_may_be_a_transformers_model(run, tmp_path):
     assert list(strict(evaluated("eval", run, *options))["samples"]["cross_entropy"]) == ["little", "1-gram"]
 
 
+def test_a_judge_of_other_words_is_refused_before_sampling(run, tmp_path, capsys, monkeypatch):
+    (tmp_path / "other.txt").write_text("\n".join(f"word{i} word{i + 1} ." for i in range(60)))
+    options = ["--objective", "autoregressive", "--size", "tiny", "--tokenizer", "word", "--max-steps", "2"]
+    judge = tmp_path / "judge"
+    result = CliRunner().invoke(app, ["train", str(tmp_path / "other.txt"), "--output", str(judge), *options])
+    assert result.exit_code == 0, result.output
+    monkeypatch.setattr("embdiff.pipeline.TextDiffusionPipeline.__call__", lambda *_, **__: pytest.fail("sampled"))
+    for command in ("eval", "frontier"):
+        assert "of the held-out words" in refused(capsys, monkeypatch, command, str(run), "--judge", str(judge))
+
+
 def test_a_judge_is_trained_by_one_command(run, tmp_path):
     texts, judge = tmp_path / "texts.txt", tmp_path / "reader"
     texts.write_text("\n".join(sentences(80)))

@@ -181,6 +181,7 @@ def test_options_without_effect_are_noted_and_not_recorded(model):
     for options, note in [
         (["--negative-prompt", "a dog"], "--negative-prompt has no effect"),
         (["--cfg-scale", "2"], "--cfg-scale 2 has no effect"),
+        (["--guidance", "cfg"], "--guidance cfg has no effect"),
     ]:
         (line,) = sample(model, *options).stderr.splitlines()
         assert line.startswith(note)
@@ -235,11 +236,20 @@ def test_each_sample_has_its_own_length_whatever_its_batch(model, tmp_path):
     assert output.read_text() == whole
     with pytest.raises(UserError, match="5 lengths in words for 6 samples"):
         sample(*arguments, "-n", 6)
+    # What one of them can't have is found before the first is drawn, and named by its place among all.
+    with pytest.raises(UserError, match=r"sample 4"):
+        sample(model, "-n", 5, "--batch-size", 2, "--guidance", f"{spec}9", "--output", output, "--overwrite")
+    assert output.read_text() == whole
 
 
 @pytest.mark.parametrize(
     ("spec", "cause"),
-    [("rhyme", "unknown"), ("length:words=99", "no text of at most 12 tokens"), ("length", "words=12")],
+    [
+        ("rhyme", "unknown"),
+        ("length:words=99", "no text of at most 12 tokens"),
+        ("length", "words=12"),
+        ("lexical:include=caf\udce9", "not UTF-8"),
+    ],
 )
 def test_guidance_that_cannot_be_is_refused(model, spec, cause):
     with pytest.raises(UserError, match=cause):

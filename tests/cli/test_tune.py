@@ -6,6 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from embdiff.cli import app
+from embdiff.cli.common import check_local
 from embdiff.errors import UserError
 from embdiff.pipeline import load
 from embdiff.tuning import POWERS, SOLVERS, TEMPERATURES
@@ -17,6 +18,11 @@ def folder(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "model")
     (tmp_path / "texts.txt").write_text("\n".join(sentences(200)) + "\n")
     return tmp_path
+
+
+def test_what_is_on_no_folder_here_has_nothing_stored_with_it(tmp_path):
+    with pytest.raises(UserError, match="no model's folder on this machine"):
+        check_local(tmp_path)
 
 
 def test_the_best_scheduler_is_saved_with_the_model_and_used(folder):

@@ -233,6 +233,8 @@ def test_an_unknown_label_is_refused_before_any_text():
     assert scored(scorer, "x")(sample("a"))
     with pytest.raises(UserError, match="no label 'z'"):
         scored(scorer, "z")
+    with pytest.raises(UserError, match="right one"):
+        Scorer(["a", "b", "c"], ["x", "y", "z"])
 
 
 def test_the_weakest_that_is_enough_or_else_the_best():
@@ -317,6 +319,8 @@ def test_what_the_scorer_or_a_judge_cannot_tell_is_refused_before_sampling(model
     custom = ["--control", "custom", "--guidance", "top-p:p=0.5", "--scorer-data", tmp_path / "labels.csv"]
     with pytest.raises(UserError, match="no label 'z'"):
         run(*model, *custom, "--label-column", "label", "--label", "z")
+    with pytest.raises(UserError, match="example 1 has no label"):
+        run(*model, *custom, "--label", "x")
     monkeypatch.setattr("embdiff.cli.control.named_judges", lambda *_: [Refusing()])
     with pytest.raises(UserError, match="reads nothing"):
         run(*model)
@@ -331,6 +335,7 @@ def test_what_the_scorer_or_a_judge_cannot_tell_is_refused_before_sampling(model
         (["--control", "classifier"], "no classifier"),
         (["--control", "custom", "--guidance", "length:words=3"], "what success is"),
         (["--label", "x"], "told by a scorer"),
+        (["--label-column", "x"], "is for --scorer-data"),
         (["--targets", "0"], "targets"),
     ],
 )

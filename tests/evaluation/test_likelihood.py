@@ -7,10 +7,12 @@ import pytest
 import torch
 from scipy.integrate import solve_ivp
 
+from embdiff import vocabulary
 from embdiff.batches import Batch, Encoded, encode
 from embdiff.data import Example
 from embdiff.denoiser import Denoiser
 from embdiff.errors import UserError
+from embdiff.evaluation import likelihood
 from embdiff.evaluation.likelihood import bound, flow, flow_bound, flow_nats, integrate
 from embdiff.noise import CosineSchedule, GumbelSchedule, alpha_sigma
 from tests.conftest import lively, sentences
@@ -116,6 +118,20 @@ def test_the_standard_error_falls_with_the_root_of_the_texts():
     few, many = (bound(model, tokens(n, 5, 12, seed=n), schedule).standard_error for n in (64, 576))
     assert few / many == pytest.approx(3, rel=0.35)
     assert math.isnan(bound(model, tokens(1, 5, 12), schedule).standard_error)
+
+
+def test_more_texts_of_the_same_prompts_make_nothing_surer():
+    """Each text twice, under one prompt: the mean is no surer than that of each once."""
+
+    def errors(times, prompted):
+        texts = [Example(f"a {'b ' * i}", f"c {i}" if prompted else None) for i in range(20) for _ in range(times)]
+        encoded = encode(texts, vocabulary.train_word(["a b c", " ".join(map(str, range(20)))], 1), 24, 4)
+        nats = torch.from_numpy(encoded.text_length**2).float()
+        return likelihood._over(encoded, lambda batch: nats.expand(2, 1, -1), ("all",), 1000, lambda n: None, "cpu")
+
+    once, again = errors(1, True), errors(3, True)
+    assert again.standard_error == pytest.approx(once.standard_error)
+    assert errors(3, False).standard_error == pytest.approx(once.standard_error / 3**0.5, rel=0.05)
 
 
 def test_prompts_are_context_and_not_charged(denoiser, tokenizer):

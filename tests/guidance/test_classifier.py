@@ -146,11 +146,16 @@ def test_the_command_trains_stores_and_refuses(pipe, tmp_path):
 def test_data_without_labels_to_tell_apart_is_refused(pipe, texts, cause):
     with pytest.raises(UserError, match=cause):
         train_classifier(pipe, texts, ClassifierConfig(max_steps=1))
+    if texts[0].prompt is None:
+        with pytest.raises(UserError, match="name the column"):
+            train_classifier(pipe, texts, ClassifierConfig(max_steps=1, several=True))
 
 
 def test_texts_with_several_labels(pipe):
     several = [Example(e.text, "|".join(w for w in ("cat", "dog") if w in e.text)) for e in examples()]
-    classifier, found = train_classifier(pipe, [e for e in several if e.prompt], replace(CONFIG, several=True))
+    classifier, found = train_classifier(
+        pipe, [Example(e.text, e.prompt or None) for e in several], replace(CONFIG, several=True)
+    )
     assert classifier.config.several
     assert found[0].right > found[0].guess
 

@@ -8,9 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from embdiff import pipeline
 from embdiff.errors import UserError
 from embdiff.guidance import Autoguidance, ClassifierFreeGuidance
-from embdiff.prediction import Predictor
+from embdiff.guidance.base import Branch
+from embdiff.prediction import Predictor, as_means
+from embdiff.transitions import Transitions
 
 
 @given(st.floats(-3, 5), st.integers(0, 99))
@@ -114,6 +117,50 @@ def test_a_weaker_model_of_the_same_space_guides(pipe, prompt, tmp_path):
         pipe.denoiser.space.weight.normal_()
     with pytest.raises(UserError, match="another embedding space"):
         latents(Autoguidance(2.0, model=str(tmp_path)))
+
+
+def test_a_weaker_model_is_loaded_once_as_long_as_it_is_the_same(pipe, tmp_path, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(pipeline, "load", lambda folder, load=pipeline.load: loaded.append(folder) or load(folder))
+
+    def draw():
+        pipe(num_inference_steps=1, guidance=[Autoguidance(2.0, model=str(tmp_path / "weaker"))])
+        return len(loaded)
+
+    pipe.save_pretrained(tmp_path / "weaker")
+    assert [draw(), draw()] == [1, 1]
+    pipe.save_pretrained(tmp_path / "weaker")
+    assert draw() == 2
+
+
+@given(st.floats(-3, 5), st.integers(0, 99))
+def test_features_are_combined_as_means_were(scale, seed):
+    c, u, h, less = torch.randn(4, 3, 8, generator=torch.Generator().manual_seed(seed))
+    linear = as_means(Branch(torch.lerp, "x0", means=ClassifierFreeGuidance(scale).combine), c, u)
+    assert torch.allclose(linear(h, less), less + scale * (h - less), atol=1e-4)
+    # Shortened to nothing, or with what is orthogonal alone left of a change along c: no change.
+    for module, other in (
+        (ClassifierFreeGuidance(scale, radius=1e-9), u),
+        (ClassifierFreeGuidance(scale, parallel=0.0), 2 * c),
+    ):
+        assert torch.allclose(as_means(module.branch(None), c, other)(h, less), h, atol=1e-4)
+
+
+def test_a_remedy_reaches_a_text_that_is_rounded_as_a_chain(pipe):
+    pipe.denoiser.transitions = Transitions(len(pipe.tokenizer), 2)
+    z, self_cond = torch.randn(2, 2, 12, 16)
+
+    def features(**options):
+        predictor = Predictor(run_of(pipe), [ClassifierFreeGuidance(6.0, **options)])
+        with torch.no_grad():
+            predictor(z, 0.3, self_cond)
+        return predictor.seen.whole()
+
+    alone = Predictor(run_of(pipe))
+    with torch.no_grad():
+        alone(z, 0.3, self_cond)
+    assert torch.allclose(features(radius=1e-9), alone.seen.whole(), atol=1e-4)
+    assert not torch.allclose(features(), alone.seen.whole(), atol=1e-2)
 
 
 @pytest.mark.parametrize(

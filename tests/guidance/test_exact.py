@@ -1,6 +1,7 @@
 """Exact controls end to end: whatever a model with random weights says, its texts are what was asked for."""
 
 import pytest
+import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -179,6 +180,39 @@ def test_phrases_are_found_where_the_decoded_text_has_them(byte_pipe, cuts):
     begins, whole = finder(banned, run)(row), finder(banned, run, whole=True)(row)
     assert begins.sum() == len({m.start() for m in banned.finditer(text)})
     assert not (begins & ~whole).any()
+
+
+def test_words_of_bytes_can_be_asked_for_at_a_position_alone(byte_pipe):
+    with pytest.raises(UserError, match="spells 'ï' by parts of a character"):
+        byte_pipe(guidance=[Lexical(include=["naïve cat"])])
+
+
+@pytest.fixture(scope="module")
+def piece_pipe():
+    """Of a tokenizer that marks where words begin, and drops the first blank of a text."""
+    learnt = tokenizers.Tokenizer(tokenizers.models.BPE())
+    learnt.pre_tokenizer, learnt.decoder = tokenizers.pre_tokenizers.Metaspace(), tokenizers.decoders.Metaspace()
+    specials = list(vocabulary.SPECIALS.values())
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=60, special_tokens=specials, show_progress=False)
+    learnt.train_from_iterator(sentences(300), trainer)
+    return pipe_of(vocabulary._wrap(learnt))
+
+
+@settings(max_examples=8)
+@given(n=st.integers(1, 30))
+def test_exact_characters_of_texts_that_begin_within_a_word(piece_pipe, n):
+    pieces = vocabulary.pieces(piece_pipe.tokenizer)
+    assert len({text[0] == " " for text in pieces if text}) == 2
+    texts, _ = drawn(piece_pipe, Length(characters=n, complete=False), samples=20)
+    assert [len(text) for text in texts] == [n] * 20
+
+
+def test_a_piece_that_may_go_on_is_no_word_by_itself(piece_pipe):
+    pieces = vocabulary.pieces(piece_pipe.tokenizer)
+    word = next(text.strip() for text in pieces if text and text[0] == " " and text.strip().isalpha())
+    assert not always(piece_pipe.tokenizer, (word,))
+    texts, _ = drawn(piece_pipe, Lexical(exclude=[word]), samples=20)
+    assert not any(matcher([word]).search(text) for text in texts)
 
 
 def test_words_of_bytes_are_excluded_and_kept(byte_pipe):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from embdiff.errors import UserError
-from embdiff.guidance import ClassifierFreeGuidance, Guidance, Length, Lexical, TopK, TopP, modules, parse, registry
+from embdiff.guidance import ClassifierFreeGuidance, Guidance, Length, Lexical, TopK, TopP, parse, registry
 from embdiff.guidance.base import Tilt
 
 
@@ -70,7 +70,8 @@ class Rhyme(Guidance):
 def test_other_packages_add_theirs_by_an_entry_point(monkeypatch, pipe):
     entry = EntryPoint("rhyme", f"{__name__}:Rhyme", "embdiff.guidance")
     monkeypatch.setattr(registry, "entry_points", lambda group: [entry])
-    assert set(modules()) > {"rhyme", "length"}
+    with pytest.raises(UserError, match=r"choose one of .*length.*rhyme"):
+        parse("chyme")
     module = parse("rhyme:word=house,nats=50")
     assert module == Rhyme("house", 50.0)
     texts = pipe(
@@ -85,4 +86,5 @@ def test_other_packages_add_theirs_by_an_entry_point(monkeypatch, pipe):
 def test_entry_points_that_are_no_guidance_are_refused(monkeypatch, value, cause):
     monkeypatch.setattr(registry, "entry_points", lambda group: [EntryPoint("odd", value, group)])
     with pytest.raises(UserError, match=cause):
-        parse("length:words=3")
+        parse("odd:words=3")
+    assert parse("length:words=3").words == "3"

@@ -113,9 +113,17 @@ def test_the_table_in_the_docs_says_what_happens():
     rows = {name: verdict(cls) for name, cls in classes.items() if inspect.isclass(cls)}
     assert {name for name, (word, _) in rows.items() if word == "runs"} >= {f"{name}Scheduler" for name in WORKING}
     heading = f"# diffusers' schedulers under our models\n\ndiffusers {diffusers.__version__}; 20 steps, a known x0."
-    lines = ["| scheduler | | |", "|---|---|---|", *(f"| {name} | {a} | {b} |" for name, (a, b) in rows.items())]
+    lines = [
+        "| scheduler | verdict | why |",
+        "|---|---|---|",
+        *(f"| {name} | {a} | {b} |" for name, (a, b) in rows.items()),
+    ]
     if os.environ.get("WRITE_DOCS"):
-        TABLE.write_text(f"{heading} Made by `tests/schedulers/test_foreign.py`.\n\n" + "\n".join(lines) + "\n")
+        legend = (
+            '"ends": how far from that x0 a run ends; "-": not tried. '
+            "Written by `WRITE_DOCS=1 python -m pytest tests/schedulers/test_foreign.py`."
+        )
+        TABLE.write_text(f"{heading} {legend}\n\n" + "\n".join(lines) + "\n")
     text = TABLE.read_text()
     if not text.startswith(heading):
         pytest.skip("the table is of another version of diffusers")
