@@ -1,7 +1,9 @@
 """What only a GPU can show, each figure beside what it is compared with; all of it with random weights and tokens.
 
     python benchmarks/gpu.py                                    all parts, one after the other
-    python benchmarks/gpu.py --part vocabulary --part loop --results runs/gpu_some.json      some of them
+    python benchmarks/gpu.py --part vocabulary --results runs/gpu_vocabulary.json      one; a process for each part is
+                                                                                       safest, as a fault of the device
+                                                                                       spoils all that follows it
 
     vocabulary   the posterior mean over 50,257 words: ours, its reference, and whole logits with nothing around them
     loop         a run of 8 steps: the whole call, its graph alone, and what of that are network and vocabulary; and
@@ -24,16 +26,17 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import typer
 from common import failure, keep, write
 from peers import Machine, flops, training_flops
-from speed import VOCABULARY, graphs, pipeline, recorded, seconds_of
+from speed import VOCABULARY, filled, graphs, pipeline, recorded, seconds_of
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from embdiff import losses, ops
-from embdiff.batches import Batch
+from embdiff.batches import Batch, Mixture
 from embdiff.cli.common import quiet
 from embdiff.compilation import compiled
 from embdiff.config import TrainConfig
@@ -130,7 +133,10 @@ def posterior(rows: int, limits: Machine) -> Figures:
 def loop(limits: Machine) -> Iterator[Figures]:
     """Where the time of a run of the largest network goes."""
     for batch, length in ((1, 64), (1, 1024), (16, 64), (64, 256)):
-        yield whole_run(batch, length, limits)
+        try:
+            yield whole_run(batch, length, limits)
+        except Exception as error:  # the other shapes have figures of their own
+            yield {"batch": batch, "length": length, "failed": failure(error)}
 
 
 @torch.no_grad()
@@ -167,8 +173,8 @@ def shares(pipe: Any, own: Any, batch: int, length: int, whole: float) -> dict[s
     h = network(z, gamma, None, last).flatten(0, 1)
     weight, table = own.inputs.weight, own.inputs.table
     replay = events(own.graph.replay)
-    forward = STEPS * events(recorded(lambda: network(z, gamma, None, last), DEVICE))
-    words = STEPS * events(recorded(lambda: kernels.parts(h, weight, table, 0.76, own.ends), DEVICE))
+    forward = STEPS * each_of_many(lambda: network(z, gamma, None, last))
+    words = STEPS * each_of_many(lambda: kernels.parts(h, weight, table, 0.76, own.ends))
     return {
         "graph": replay, "network": forward / replay, "vocabulary": words / replay,
         "rest": 1 - (forward + words) / replay, "host": 1 - replay / whole,
@@ -201,30 +207,40 @@ def waits(run: Callable[[], object]) -> int:
 
 
 def training(limits: Machine) -> Iterator[Figures]:
-    """Steps of 32 x 1,024 positions in bf16: forward, backward, gradients cut, optimisers, average of weights."""
-    for size, (optimizer, passes) in product(("base", "medium"), (("muon", 1), ("adamw", 1), ("muon", 2))):
-        place = {"size": size, "optimizer": optimizer, "self_conditioned": passes == 2}
+    """Steps of 32 x 1,024 positions in bf16: forward, backward, gradients cut, optimisers, average of weights.
+
+    infill: whether parts of texts are given, as by default, for which attention needs a mask.
+    """
+    ways = (("muon", 1, False), ("adamw", 1, False), ("muon", 2, False), ("muon", 2, True))
+    for size, (optimizer, passes, infill) in product(("base", "medium"), ways):
+        place = {"size": size, "optimizer": optimizer, "self_conditioned": passes == 2, "infill": infill}
+        notes = list[str]()
         try:
-            seconds = training_seconds(size, optimizer, passes)
+            seconds = training_seconds(size, optimizer, passes, infill, notes.append)
         except torch.OutOfMemoryError as error:
             yield place | {"failed": failure(error)}
             continue
         positions = 32 * 1024
         rate = positions * training_flops(SIZES[size], VOCABULARY.get(size, 8192), 1024, passes == 2) / seconds
         figures = {"seconds": seconds, "tokens_per_second": positions / seconds, "flops": rate}
-        yield place | figures | {"of_matrix_rate": rate / limits.rate}
+        yield place | figures | {"of_matrix_rate": rate / limits.rate, "notes": notes}
 
 
-def training_seconds(size: str, optimizer: str, passes: int, rounds: int = 10) -> float:
-    """Median seconds of a step."""
+def training_seconds(
+    size: str, optimizer: str, passes: int, infill: bool, note: Callable[[str], None], rounds: int = 10
+) -> float:
+    """Median seconds of a step; a compiler that fails is noted."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     words, config = VOCABULARY.get(size, 8192), TrainConfig()
-    model = Denoiser(words, max_length=1024, **SIZES[size]).to(DEVICE)
-    network = losses.Network(compiled(model, print), model.encode_context)
+    model = filled(Denoiser(words, max_length=1024, **SIZES[size])).to(DEVICE)
+    network = losses.Network(compiled(model, note), model.encode_context)
     optimizers = optimizers_of(model, optimizer, config)
     average = [p.detach().clone() for p in model.parameters()]
-    batch = Batch(torch.randint(words, (32, 1024), device=DEVICE))
+    batch = Batch(torch.randint(words, (32, 1024)))
+    if infill:
+        batch = Mixture(0.0, config.infill).apply(batch, np.random.default_rng(0))
+    batch = batch.to(DEVICE)
 
     def step() -> None:
         gamma, eps = torch.randn(32, device=DEVICE), torch.randn(32, 1024, model.dim, device=DEVICE)
@@ -254,7 +270,7 @@ def tiles(limits: Machine) -> Iterator[Figures]:
     """Seconds of the first kernel by each tile; `taken` marks the one that is used."""
     from embdiff import kernels
 
-    for rows in (16, 64, 256, 1024, 16_384):
+    for rows in (64, 1024, 16_384):
         own, rest = kernels.tile(rows, BF16), problem(rows)
         for of in dict.fromkeys([own, *candidates(rows)]):
             yield {"rows": rows, "tile": of._asdict(), "taken": of == own} | by_tile(of, *rest)
@@ -289,7 +305,7 @@ def candidates(rows: int) -> list[Any]:
 @torch.no_grad()
 def shapes(limits: Machine) -> Iterator[Figures]:
     """Seconds of the network's graph, compiled for one shape and for all, and of compiling it."""
-    model = Denoiser(WORDS, max_length=64, **SIZES["base"]).to(DEVICE, BF16).eval()
+    model = filled(Denoiser(WORDS, max_length=64, **SIZES["base"])).to(DEVICE, BF16).eval()
     for batch, dynamic in product((2, 32), (False, True)):
         torch._dynamo.reset()
         z, last = torch.randn(2, batch, 64, model.dim, device=DEVICE)
@@ -334,6 +350,12 @@ def events(run: Callable[[], object], rounds: int = 20) -> float:
         end.synchronize()
         found.append(start.elapsed_time(end) / 1e3)
     return statistics.median(found)
+
+
+def each_of_many(run: Callable[[], object], times: int = 20) -> float:
+    """Seconds of a run that follows others in one graph, as it does in use: a graph alone has its own start to wait
+    for."""
+    return events(recorded(lambda: [run() for _ in range(times)], DEVICE)) / times
 
 
 def peak(run: Callable[[], object]) -> float:

@@ -136,7 +136,7 @@ def pipeline(
     torch.manual_seed(0)
     tokenizer = vocabulary.train_word([" ".join(f"w{i}" for i in range(words - 4))], min_count=1)
     shape = SIZES[size] | {"transition_rank": TrainConfig().transitions}
-    denoiser = Denoiser(len(tokenizer), max_length=length, max_prompt_length=16, **shape)
+    denoiser = filled(Denoiser(len(tokenizer), max_length=length, max_prompt_length=16, **shape))
     schedule = GumbelSchedule.initial(denoiser.dim, len(tokenizer)).config()
     pipe = TextDiffusionPipeline(denoiser, tokenizer, RenoiseScheduler(noise_schedule=schedule))
     pipe.set_progress_bar_config(disable=True)
@@ -148,6 +148,14 @@ def pipeline(
 
         pipe._loops = Loops(most=64)  # all cells take turns
     return pipe
+
+
+def filled(denoiser: Denoiser) -> Denoiser:
+    """With random weights in place of those that begin as zeros, which take less power to multiply by."""
+    for p in denoiser.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.02)
+    return denoiser
 
 
 def contestants(
@@ -174,7 +182,7 @@ def contestants(
 
     @cache
     def plain() -> Denoiser:
-        return Denoiser(words, max_length=length, max_prompt_length=16, **shape).to(device).eval()
+        return filled(Denoiser(words, max_length=length, max_prompt_length=16, **shape)).to(device).eval()
 
     @cache
     def masked() -> MaskedModel:

@@ -213,16 +213,25 @@ def best_path(scores: Tensor, pairs: Tensor) -> Tensor:
     path = torch.empty((B, L), device=scores.device, dtype=torch.int64)
     _best_path[(B,)](
         scores.float().contiguous(), pairs.float().contiguous(), back, path, L,
-        K=K, SIZE=max(16, int(triton.next_power_of_2(K))), num_warps=4,
+        K=K, SIZE=max(16, int(triton.next_power_of_2(K))), num_warps=1,  # steps wait for each other, warps would too
     )  # fmt: skip
     return path
 
 
 def splits(rows: int, vocabulary: int, of: Tile, device: torch.device) -> int:
-    """Parts of the vocabulary: as many as keep the whole GPU busy at once, of two tiles at least, and all alike."""
-    tiles, processors = -(-vocabulary // of.words), _processors(device)
-    wanted = min(of.programs * processors // max(1, -(-rows // of.rows)), processors, tiles // 2)
-    return -(-tiles // -(-tiles // max(1, wanted)))
+    """Parts of the vocabulary, all alike and of two tiles at least: as many as are soonest through, in waves of all the
+    programs that the GPU runs at once."""
+    return _splits(-(-rows // of.rows), -(-vocabulary // of.words), of.programs, _processors(device))
+
+
+@lru_cache(maxsize=256)
+def _splits(row_tiles: int, tiles: int, programs: int, processors: int) -> int:
+    def cost(parts: int) -> int:
+        waves = -(-row_tiles * parts // (programs * processors))
+        return waves * (-(-tiles // parts) + 1)  # and one tile's time for a program to begin and end
+
+    parts = min(range(1, max(1, min(processors, tiles // 2)) + 1), key=cost)
+    return -(-tiles // -(-tiles // parts))
 
 
 @lru_cache(maxsize=4)

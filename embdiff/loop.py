@@ -91,7 +91,7 @@ class Loop:
         inputs: Inputs,
         noise_scale: float = 1.0,
     ) -> None:
-        self.noise_scale = noise_scale
+        self.noise_scale, self.gammas = noise_scale, list(gammas)
         self.call, self.temperature = predictor.network.call, predictor.temperature
         self.length, self.dim = predictor.run.length, predictor.denoiser.dim
         plans, self.plan_of_step = distinct(predictor, gammas)
@@ -106,7 +106,6 @@ class Loop:
             self.numbers = torch.tensor(
                 [[*row, float(draws), odds, 0.0] for row, draws in zip(self.rows, drawn, strict=True)], device=device
             )
-            self.levels = torch.tensor(gammas, device=device)
             self.ends = torch.tensor(ends, device=device)
         self.shown = [weakref.ref(inputs.weight), weakref.ref(inputs.table)]
         self.graph: Any = None
@@ -170,7 +169,8 @@ class Loop:
         features [B, L, H], of branches too [2 B, L, H], that it was made of."""
         plan = self.plan_of_step[i]
         given = [last, *(last if branch.self_conditioned else nothing for branch in self.branches[plan])]
-        level = self.levels[i].expand(len(given) * len(z))
+        # Made here: to a compiled network a part of a tensor is another kind of argument than a whole one.
+        level = torch.full((len(given) * len(z),), self.gammas[i], device=z.device)
         h: Tensor = self.call(together([z] * len(given)), level, self.inputs.contexts[plan], together(given))
         scale = None
         for branch in self.branches[plan]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -57,6 +57,11 @@ class Classes(NamedTuple):
 # (logits [R, V] of words, number of the first row) -> logits: tempered and with -inf for tokens that are kept apart.
 # A ban takes words out, the same whatever the logits are; it comes before tilts, which leave a word where bans do.
 Tilting = Callable[[Tensor, int], Tensor]
+
+
+def chunk_rows(device_type: str, columns: int) -> int:
+    """Rows held at a time, of so many numbers each: few on a CPU, for its cache, as many as fit on a GPU."""
+    return CHUNK if device_type == "cpu" else max(CHUNK, MOST // columns)
 
 
 def has_kernels(device_type: str) -> bool:
@@ -165,7 +170,8 @@ def expectation(
         return Posterior(mean.view(*h.shape[:-1], -1), kept.view(*h.shape[:-1], len(ids)))
     sorted_table = None if classes is None else torch.split(table[classes.order], list(classes.sizes))
     found: list[tuple[Tensor, ...]] = []
-    for start, chunk in zip(range(0, len(rows), CHUNK), torch.split(rows, CHUNK), strict=True):
+    size = chunk_rows(h.device.type, len(weight))
+    for start, chunk in zip(range(0, len(rows), size), torch.split(rows, size), strict=True):
         logits = F.linear(chunk, weight).float()
         kept = logits.new_zeros((len(chunk), 0))
         if len(ids):
@@ -246,7 +252,7 @@ def most_probable(
     """
     found = list[tuple[Tensor, Tensor]]()
     rows, weight, ids = h.reshape(-1, h.shape[-1]), weight.to(h.dtype), torch.as_tensor(keep, device=h.device).long()
-    size = CHUNK if h.device.type == "cpu" else max(CHUNK, MOST // max(len(weight), count * weight.shape[1]))
+    size = chunk_rows(h.device.type, max(len(weight), count * weight.shape[1]))
     for start, chunk in zip(range(0, max(1, len(rows)), size), torch.split(rows, size), strict=True):
         logits = F.linear(chunk, weight).float()
         allowed, tilted_logits = changed(logits, start, ids, tilts, bans, temperature)
@@ -325,7 +331,8 @@ def highest(logits: Tensor, classes: Classes) -> tuple[Tensor, Tensor]:
 def class_max(h: Tensor, weight: Tensor, classes: Classes) -> tuple[Tensor, Tensor]:
     """`highest` of the logits h weight^T, in row chunks."""
     rows = h.reshape(-1, h.shape[-1])
-    found = [highest(chunk @ weight.T, classes) for chunk in torch.split(rows, CHUNK)]
+    size = chunk_rows(h.device.type, len(weight))
+    found = [highest(chunk @ weight.T, classes) for chunk in torch.split(rows, size)]
     values, tokens = (torch.cat(column).reshape(*h.shape[:-1], -1) for column in zip(*found, strict=True))
     return values, tokens
 
@@ -367,12 +374,10 @@ def cross_entropy(h: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(rows, weight).float(), labels, reduction="none")
 
     recompute = target.numel() * weight.shape[0] > 2**23 and torch.is_grad_enabled()
-    chunks = zip(
-        torch.split(h.reshape(-1, h.shape[-1]), 4 * CHUNK),
-        torch.split(target.reshape(-1), 4 * CHUNK),
-        strict=True,
-    )
-    losses = [checkpoint(chunk_loss, *c, use_reentrant=False) if recompute else chunk_loss(*c) for c in chunks]
+    size = 4 * chunk_rows(h.device.type, len(weight))
+    chunks = zip(torch.split(h.reshape(-1, h.shape[-1]), size), torch.split(target.reshape(-1), size), strict=True)
+    again = partial(checkpoint, chunk_loss, use_reentrant=False, preserve_rng_state=False)  # nothing is random
+    losses = [again(*chunk) if recompute else chunk_loss(*chunk) for chunk in chunks]
     return torch.cat(losses).reshape(target.shape)
 
 
