@@ -78,6 +78,8 @@ def main(
     options: dict[str, Any] = {"temperature": temperature, "guidance": parsed(guidance)}
     if length_bias is not None:
         options["length_bias"] = length_bias
+    if figures.get("likelihood_of") != [bound, levels]:  # measured once for all samplers
+        figures.pop("likelihood", None)
     for n in steps:
         protocol = Protocol(
             samples, n, bound_texts=0 if figures.get("likelihood") else bound, levels=levels, options=options
@@ -88,7 +90,10 @@ def main(
         sampler = ", ".join([sampler, *biased, *guidance])
         name = re.sub(r"[^\w .,=:-]", "-", sampler)  # guidance may name files
         (output / f"{name}.txt").write_text("\n".join(each["text"] for each in found.pop("texts")) + "\n")
-        figures["likelihood"] = figures.get("likelihood") or found["likelihood"]
+        figures["likelihood"], figures["likelihood_of"] = (
+            figures.get("likelihood") or found["likelihood"],
+            [bound, levels],
+        )
         figures[sampler] = {name: found[name] for name in ("samples", "real", "run", "protocol")}
         write(results, figures)
 
