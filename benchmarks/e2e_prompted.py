@@ -60,7 +60,7 @@ def main(
     batch_size: int = typer.Option(64, help="Texts of 64 positions a step."),
     solver: str | None = typer.Option(None, help="By default the model's own scheduler."),
     dtype: str = typer.Option("auto", help="Of sampling: fp32, bf16, or auto: the faster one."),
-    meanings: int = typer.Option(100, help="Validation meanings to choose by."),
+    meanings: int = typer.Option(300, help="Validation meanings to choose by."),
     test_meanings: int = typer.Option(630, help="Test meanings; 630 are all."),
     exchange: int = typer.Option(0, help="Copies of each training pair of 5 slots with other values."),
     ship: Path | None = typer.Option(None, help="Folder for the model as it is published."),
