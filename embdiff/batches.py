@@ -126,11 +126,6 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.text)
 
-    @property
-    def tokens(self) -> int:
-        """Text tokens, the end of text included, padding not."""
-        return int(self.text_length.sum())
-
     def fingerprint(self) -> str:
         """A hash of all tokens and lengths, to tell whether two sets are the same."""
         digest = blake2b(digest_size=16)

@@ -30,7 +30,7 @@ def classifier_folder(model: Path, name: str) -> Path:
 
 def save_folder(target: Path, write: Callable[[Path], None]) -> None:
     """Lets `write` fill a new folder, then puts it in place of `target`; raises UserError if it can't."""
-    fresh = target.with_name(f".{target.name}.tmp")
+    fresh, old = (target.with_name(f".{target.name}.{state}") for state in ("tmp", "old"))
     try:
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
@@ -41,10 +41,14 @@ def save_folder(target: Path, write: Callable[[Path], None]) -> None:
                 path.chmod(readable)
             flush(path)
         if target.exists():
-            shutil.rmtree(target)
+            shutil.rmtree(old, ignore_errors=True)
+            target.rename(old)
         fresh.rename(target)
         flush(target.parent)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException as error:
+        if old.exists() and not target.exists():
+            old.rename(target)
         shutil.rmtree(fresh, ignore_errors=True)
         if not isinstance(error, Exception):
             raise
@@ -116,7 +120,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 def checkpoints(run: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
-    return sorted((run / "checkpoints").glob("step-*"))
+    return sorted(p for p in (run / "checkpoints").glob("step-*") if p.name.removeprefix("step-").isdecimal())
 
 
 def prune(run: Path, keep: int) -> None:

@@ -85,8 +85,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for f in fields(self):
             object.__setattr__(self, f.name, _typed(f.name, str(f.type), getattr(self, f.name)))
-            if isinstance(getattr(self, f.name), int) and getattr(self, f.name) > LARGEST:
-                raise UserError(f"{f.name} is too large: give at most {LARGEST}")
+            most = MOST.get(f.name, LARGEST)
+            if isinstance(getattr(self, f.name), int) and getattr(self, f.name) > most:
+                raise UserError(f"{f.name} is too large: give at most {most:,}")
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name} {getattr(self, name)!r} is unknown: choose one of {', '.join(allowed)}")
@@ -188,6 +189,11 @@ LOWEST = {
 DIFFUSION_ONLY = ("dim", "schedule", "self_condition", "drop_prompt", "filter_ramp", "transitions")
 NOISY_ONLY = ("infill", "window", "draws")
 LARGEST = 2**63 - 1  # torch's seeds and sizes are 64-bit
+# More would fail somewhere in a library, before memory runs out.
+MOST = {
+    "vocab_size": 2**24, "dim": 2**16, "width": 2**16, "depth": 2**12, "heads": 2**12, "transitions": 2**16,
+    "max_length": 2**20, "max_prompt_length": 2**20, "batch_size": 2**20, "draws": 2**12, "previews": 2**12,
+}  # fmt: skip
 # What decides the weights of a run beside data and model: a resumed run must have the same.
 DECISIVE = (
     "tokenizer", "vocab_size", "min_count", "on_long",
@@ -202,6 +208,8 @@ def _typed(name: str, annotation: str, value: Any) -> Any:
         return None
     kind = {"int": int, "float": float, "str": str, "bool": bool}[annotation.removesuffix(" | None")]
     try:
+        if value is None or isinstance(value, list | dict | set):  # which would be text, too
+            raise ValueError
         converted = value if kind is bool or isinstance(value, bool) else kind(value)
         if type(converted) is not kind or (kind is int and isinstance(value, float) and value != converted):
             raise ValueError

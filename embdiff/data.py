@@ -84,6 +84,7 @@ def read_examples(
     separator: str | None = None,
     limit: int | None = None,
     progress: bool = True,
+    note: Callable[[str], object] = lambda text: None,
 ) -> list[Example]:
     """All examples of one source with a text that is not blank, in order; at most the first `limit`.
 
@@ -99,9 +100,13 @@ def read_examples(
     Tables have their text in `text_column`: by default the column "text" or else the first with strings,
     and then the column "prompt", if there is one, has the prompts. What the columns are is looked up in the
     first 100 rows. A row may lack its prompt, but not its text. A prompt, or label, that is a number or a list of
-    texts becomes a text, joined by |. Raises UserError for bad input.
+    texts becomes a text, joined by |. `note` is told of what was guessed. Raises UserError for bad input.
     """
-    return _read(data, _Options(text_column, prompt_column, separator), limit, progress)
+    options = _Options(text_column, prompt_column, separator)
+    examples = _read(data, options, limit, progress)
+    for text in options.notes:
+        note(text)
+    return examples
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,7 @@ def _read(data: str, options: _Options, limit: int | None, progress: bool) -> li
         raise UserError(f"limit {limit} leaves no example; give at least 1, or none for all")
     if options.separator == "":
         raise UserError("the separator is empty; give what stands between prompt and text, such as '||'")
-    examples = list(islice(_examples(data, options, progress), limit))
+    examples = list(islice(_examples(data, options, progress), None if limit is None else min(limit, sys.maxsize)))
     if not examples:
         raise UserError(f"{data!r} has no example that is not blank; give data with some text in it")
     return examples
@@ -152,16 +157,21 @@ def local_path(name: str) -> Path:
 
 
 def _folder_examples(folder: Path, options: _Options) -> Iterator[Example]:
+    files = files_in(folder)
+    if not files:
+        where = f"{str(folder)!r}, hidden ones and training runs aside"
+        raise UserError(f"no {_SUFFIXES} file in {where}; give a folder that has one")
+    for file in files:
+        yield from _file_examples(file, options)
+
+
+def files_in(folder: Path) -> list[Path]:
+    """The files of a folder that are data, in the order of their paths."""
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _READERS and path.is_file())
     # The logs and samples in the folder of a training run are no data.
     runs = {path.parent for path in folder.rglob("run.yaml")}
     own = [path for path in files if runs.isdisjoint(path.parents)]
-    visible = [p for p in own if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
-    if not visible:
-        where = f"{str(folder)!r}, hidden ones and training runs aside"
-        raise UserError(f"no {_SUFFIXES} file in {where}; give a folder that has one")
-    for file in visible:
-        yield from _file_examples(file, options)
+    return [p for p in own if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
 
 
 def _file_examples(path: Path, options: _Options) -> Iterator[Example]:
@@ -242,7 +252,8 @@ def _jsonl_rows(path: Path) -> Rows:
 
 def _csv_rows(path: Path) -> Rows:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    reader = csv.reader(io.StringIO(_decode(path, _read_bytes(path)), newline=""), delimiter=delimiter)
+    # Strict: else a quote that nothing closes takes in the rest of the file.
+    reader = csv.reader(io.StringIO(_decode(path, _read_bytes(path)), newline=""), delimiter=delimiter, strict=True)
     header: list[str] = []
     try:
         for row in reader:
@@ -272,8 +283,6 @@ def _parquet_rows(path: Path) -> Rows:
                     number += 1
                     yield f"{path}, row {number}", row
     except (OSError, ValueError, ArrowException) as error:  # bad UTF-8 is among these
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"cannot read {str(path)!r} as parquet: {reason(error)}; write the file again") from None
 
 

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from numbers import Real
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -27,10 +27,9 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit, logit
 from torch import Tensor
 
-from embdiff.errors import UserError
+from embdiff.errors import UserError, reason
 
 Array = NDArray[np.float64]
-Number = TypeVar("Number", float, Tensor)
 
 # --------------------------------------------------------------------------------------------- gamma algebra
 
@@ -79,7 +78,7 @@ class NoiseSchedule:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if isinstance(value, str) or (isinstance(value, Real) and not math.isfinite(value)):
+            if not isinstance(value, Real) or not math.isfinite(value):
                 raise UserError(f"{name} {value!r} of the {self.name} schedule is not a finite number")
         if not self.gamma_min < self.gamma_max:
             raise UserError(f"gamma_min {self.gamma_min} must be below gamma_max {self.gamma_max}")
@@ -116,7 +115,8 @@ class NoiseSchedule:
 
     def config(self) -> dict[str, Any]:
         """A JSON-able description; `noise_schedule(config)` gives the schedule back."""
-        return {"name": self.name, **asdict(self)}
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return {"name": self.name, **plain}
 
 
 @dataclass(frozen=True)
@@ -310,7 +310,10 @@ class TableSchedule(NoiseSchedule):
     name: ClassVar[str] = "table"
 
     def __post_init__(self) -> None:
-        gammas, times = tuple(map(float, self.gammas)), tuple(map(float, self.times))
+        try:
+            gammas, times = tuple(map(float, self.gammas)), tuple(map(float, self.times))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"gammas or times of the table schedule are no numbers: {reason(error)}") from error
         object.__setattr__(self, "gammas", gammas)
         object.__setattr__(self, "times", times or tuple(np.linspace(0.0, 1.0, len(gammas)).tolist()))
         if len(gammas) < 2 or not np.all(np.diff(gammas) > 0) or not np.all(np.isfinite(gammas)):

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -24,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from embdiff import baselines, vocabulary
 from embdiff.checkpoint import CLASSIFIERS, classifier_folder
 from embdiff.compilation import Forward
+from embdiff.data import hub_access
 from embdiff.denoiser import Denoiser
 from embdiff.errors import UserError, reason
 from embdiff.guidance import ClassifierFreeGuidance, Guidance
@@ -74,7 +77,7 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
     scheduler: Any
 
     compile: bool | None = None
-    model_cpu_offload_seq = "denoiser"
+    _num_timesteps: int
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "x0"]
 
     def __init__(
@@ -111,7 +114,9 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike[str], **options: Any) -> TextDiffusionPipeline:
         """As diffusers does, with the classifiers that lie beside the other parts of a local folder."""
-        pipe = cast(TextDiffusionPipeline, super().from_pretrained(name_or_path, **options))
+        pipe = cast(
+            TextDiffusionPipeline, super().from_pretrained(name_or_path, **{"use_safetensors": True, **options})
+        )
         for folder in sorted(Path(name_or_path).glob(f"{CLASSIFIERS}/*/config.json")):
             pipe.classifiers[folder.parent.name] = NoisyClassifier.from_pretrained(folder.parent, use_safetensors=True)
         return pipe
@@ -167,17 +172,21 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
             output_type: "text", "seq" (no decoding) or "latent" (neither rounding nor decoding).
 
         Returns:
-            TextDiffusionOutput, or the tuple (texts, sequences) where `return_dict` is False.
+            TextDiffusionOutput, or the tuple (texts, sequences) where `return_dict` is False; with latents as its third
+            part where those are asked for.
 
         Raises:
             UserError: for arguments out of range.
         """
-        prompts: list[str | None] = [prompt] if prompt is None or isinstance(prompt, str) else list(prompt)
+        prompts = several("prompt", prompt)
         if not prompts:
             raise UserError("the list of prompts is empty: give one or more, or None")
+        negatives = None if negative_prompt is None else several("negative_prompt", negative_prompt)
+        if negatives is not None and isinstance(negative_prompt, str):
+            negatives *= len(prompts)
         solver = adapted(self.scheduler)
         length = self._length(max_length)
-        if not isinstance(num_samples, int) or num_samples < 1:
+        if not isinstance(num_samples, Integral) or num_samples < 1:
             raise UserError(f"num_samples {num_samples}: ask for a whole number, at least 1")
         temperature = float(self.config.temperature) if temperature is None else temperature
         if not 1e-3 <= temperature < math.inf:
@@ -188,13 +197,11 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
             raise UserError(f"noise_scale {noise_scale} is out of range: give 0 or more, 1 is neutral")
         if noise_scale != 1 and not isinstance(solver, EmbeddingScheduler):
             raise UserError(f"noise_scale {noise_scale}: {type(self.scheduler).__name__} draws its own noise; use 1")
-        if not all(p is None or isinstance(p, str) for p in prompts):
-            raise UserError("a prompt is no string: give one string, a list of strings, or None")
         if output_type not in ("text", "seq", "latent"):
             raise UserError(f"output_type {output_type!r} is unknown: choose text, seq or latent")
-        B = len(prompts) * num_samples
+        B = len(prompts) * int(num_samples)
         generators = sample_generators(generator, B)
-        run, device = self._run(prompts, negative_prompt, num_samples, length), self.device
+        run, device = self._run(prompts, negatives, int(num_samples), length), self.device
         noise = noise_of(generators, (length, self.denoiser.dim), device, noise_scale)
 
         solver.set_timesteps(num_inference_steps, device=device)
@@ -296,33 +303,44 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         trained = int(self.denoiser.config.max_length)
         if max_length is None:
             return trained
-        if not isinstance(max_length, int) or not 1 <= max_length <= trained:
+        if not isinstance(max_length, Integral) or not 1 <= max_length <= trained:
             raise UserError(f"max_length {max_length} is out of range: this model writes 1 to {trained} tokens")
-        return max_length
+        return int(max_length)
 
     def _uniform(self, generators: list[torch.Generator]) -> Tensor:
         return torch.cat([torch.rand(1, generator=g, device=g.device) for g in generators])
 
     def _run(
-        self, prompts: list[str | None], negative: str | Sequence[str] | None, num_samples: int, length: int
+        self, prompts: list[str | None], negatives: list[str | None] | None, num_samples: int, length: int
     ) -> Run:
-        """What guidance may know. A negative prompt alone stands beside an empty prompt."""
+        """What guidance may know. negatives: one for each prompt, if any; they alone stand beside an empty prompt."""
         run = Run(
             self.denoiser, self.tokenizer, len(prompts) * num_samples, length, num_samples, classifiers=self.classifiers
         )
-        if all(p is None for p in prompts) and negative is None:
+        if all(p is None for p in prompts) and negatives is None:
             return run
         positive = [p or "" for p in prompts]
-        negatives = [negative] * len(prompts) if isinstance(negative, str) else negative
         if negatives is not None and len(negatives) != len(prompts):
             raise UserError(f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one, or one for each")
-        return replace(run, prompts=positive, negative_prompts=negatives, context=run.encode(positive))
+        known = None if negatives is None else [negative or "" for negative in negatives]
+        return replace(run, prompts=positive, negative_prompts=known, context=run.encode(positive))
+
+
+def several(name: str, prompts: str | Sequence[str | None] | None) -> list[str | None]:
+    """One or more prompts as a list."""
+    if prompts is None or isinstance(prompts, str):
+        return [prompts]
+    found = list(prompts) if isinstance(prompts, Iterable) else [prompts]
+    if not all(p is None or isinstance(p, str) for p in found):
+        raise UserError(f"{name} {prompts!r:.80} is no string: give one string, a list of strings, or None")
+    return found
 
 
 def load(model: str) -> TextDiffusionPipeline:
     """The pipeline in a local folder, or of a name on the hub; anything else raises UserError in one line."""
     folder = Path(model)
-    if not folder.exists() and (model.startswith((".", "/")) or model.count("/") != 1):
+    # Beside other folders of runs it is a slip of the pen, and no name on the hub.
+    if not folder.exists() and (model.startswith((".", "/")) or model.count("/") != 1 or folder.parent.is_dir()):
         raise UserError(f"no model at {model}: name the folder that embdiff train wrote")
     if folder.exists() and not (folder / "model_index.json").exists():
         if (found := baselines.kind(folder)) is not None:
@@ -336,7 +354,8 @@ def load(model: str) -> TextDiffusionPipeline:
             )
         raise UserError(f"{model} holds no embdiff model: name the folder that embdiff train wrote")
     try:
-        pipe = TextDiffusionPipeline.from_pretrained(model, use_safetensors=True)
+        with nullcontext() if folder.exists() else hub_access():
+            pipe = TextDiffusionPipeline.from_pretrained(model)
     except UserError:
         raise
     except Exception as error:

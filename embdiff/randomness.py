@@ -21,6 +21,8 @@ def sample_generators(
 ) -> list[torch.Generator]:
     """A CPU generator for each sample. One generator, or none, gives the seeds; several are used as they are."""
     if generator is not None and not isinstance(generator, torch.Generator):
+        if not isinstance(generator, Sequence) or not all(isinstance(g, torch.Generator) for g in generator):
+            raise UserError(f"generator {generator!r}: give torch.Generator().manual_seed(..), or one for each sample")
         if len(generator) != count:
             raise UserError(f"{len(generator)} generators for {count} samples: give one, or one for each")
         return list(generator)

@@ -191,7 +191,10 @@ def check_output(output: Path, resume: bool, overwrite: bool, inputs: Sequence[s
         if not (output / "run.yaml").exists():
             raise UserError(f"output folder {output} holds files that are no embdiff run: use another folder")
         if not overwrite:
-            raise UserError(f"output folder {output} already holds a run: use --resume, --overwrite or another folder")
+            raise UserError(
+                f"output folder {output} already holds a run: go on with embdiff train --resume, or use --overwrite or "
+                "another folder"
+            )
         for source, name in itertools.product(inputs, WRITTEN):
             if Path(source).resolve().is_relative_to((output / name).resolve()):
                 raise UserError(
@@ -299,6 +302,8 @@ class Trainer:
 
         train_set = encoded(corpus.train, "text")
         valid_set = encoded(corpus.valid, "validation text") if corpus.valid else train_set.first(1)
+        if not corpus.valid:
+            self.reporter.note("validated on a training text, for want of others: the bound says nothing of new texts")
         if limit:
             # No wider than the longest prompt: every position costs.
             width = int(max(1, train_set.prompt_length.max(), valid_set.prompt_length.max()))

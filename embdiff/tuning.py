@@ -109,7 +109,7 @@ class Examiner:
         same = type(self.trained) is scheduler_class(solver) and {**before, **options} == {**before}
         levels = dict(before.levels or {}) if same else {}
         levels |= {str(n): schedule.gamma((1 - np.arange(n) / n) ** p).tolist() for n, p in powers.items()}
-        return with_solver(self.trained, solver, levels=levels, **options)
+        return with_solver(self.trained, solver, levels=levels, nodes=None, **options)
 
     def with_seeds(self, seed: int, samples: int) -> Examiner:
         """The same, with other samples."""

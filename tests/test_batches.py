@@ -39,7 +39,7 @@ def test_texts_survive_encoding(tokenizer):
     texts = sentences(40)
     encoded = encode([Example(t) for t in texts], tokenizer, 16)
     assert [decode(tokenizer, ids) for ids in encoded.text] == texts
-    assert encoded.tokens == sum(len(t.split()) + 1 for t in texts)
+    assert encoded.text_length.tolist() == [len(t.split()) + 1 for t in texts]
 
 
 def test_long_texts_are_truncated_or_dropped_and_counted(tokenizer):

@@ -1,6 +1,7 @@
 """Checkpoints: whole or not at all, readable, and no other tensors than expected."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +29,32 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save_folder(tmp_path / "run", interrupt)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_interrupt_while_a_folder_is_replaced_loses_nothing(tmp_path, monkeypatch, when):
+    """Whether it comes before or after the old folder has made room."""
+    target, calls = tmp_path / "kept", []
+    checkpoint.save_folder(target, lambda folder: (folder / "a").write_text("old"))
+    rename = Path.rename
+
+    def interrupted(path, other):
+        calls.append(path)
+        if len(calls) == (1 if when == "before" else 2):
+            raise KeyboardInterrupt
+        return rename(path, other)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save_folder(target, lambda folder: (folder / "a").write_text("new"))
+    assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == ["kept", "kept/a"]
+    assert (target / "a").read_text() == "old"
+
+
+def test_a_stray_folder_beside_checkpoints_is_none(tmp_path):
+    for name in ("step-00000001", "step-old", "step-00000002 (copy)"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["step-00000001"]
 
 
 def test_saved_files_have_the_mode_that_the_umask_gives(tmp_path):

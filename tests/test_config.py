@@ -31,6 +31,10 @@ from embdiff.objectives import OBJECTIVES
         ("seed", 10**400),
         ("lr", 10**400),
         ("window", 1.0),
+        ("max_length", 2**62),
+        ("batch_size", 2**62),
+        ("dim", 2**62),
+        ("vocab_size", 10**12),
     ],
 )
 def test_options_out_of_range_are_refused(option, value):
@@ -39,7 +43,15 @@ def test_options_out_of_range_are_refused(option, value):
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("seed", -1), ("max_length", "many"), ("max_steps", 2.5), ("compile", "si")]
+    ("option", "value"),
+    [
+        ("seed", -1),
+        ("max_length", "many"),
+        ("max_steps", 2.5),
+        ("compile", "si"),
+        ("data", ["a", "b"]),
+        ("tokenizer", None),
+    ],
 )
 def test_options_of_the_wrong_kind_are_refused(option, value):
     with pytest.raises(UserError, match=option):

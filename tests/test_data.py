@@ -115,8 +115,16 @@ def test_columns_are_those_of_many_rows(tmp_path: Path) -> None:
     assert not load_corpus(data, text_column="body").notes
 
 
+def test_what_was_guessed_is_told(tmp_path: Path) -> None:
+    told: list[str] = []
+    data = write(tmp_path / "a.csv", "id,review\n1,x\n")
+    read_examples(data, note=told.append)
+    assert told == ["texts are column 'id', without prompts"]
+
+
 def test_limit_takes_the_first(tmp_path: Path) -> None:
     data = write_as(".jsonl", tmp_path / "data")
+    assert read_examples(data, limit=10**30) == PAIRS
     assert read_examples(data, limit=7) == PAIRS[:7]
     assert read_examples(data, limit=1000) == PAIRS
 
@@ -136,6 +144,8 @@ BAD_FILES = {
     "json of another kind": ("a.jsonl", '["x"]\n', {}, "a.jsonl:1"),
     "ragged csv": ("a.csv", "text\nx, y\n", {}, "a.csv:2"),
     "two columns of one name": ("a.csv", "text,n,text\nx,1,y\n", {}, "a.csv:1: two columns are named 'text'"),
+    "quote without an end": ("a.csv", 'prompt,text\np,"Hello\nq,bye\n', {}, "a.csv:3"),
+    "quote within a field": ("a.csv", 'text\n"Hi," he said.\n', {}, "a.csv:2"),
     "giant csv field": ("a.csv", "text\n" + "x" * 200_000, {}, "a.csv:2"),
     "not UTF-8": ("a.txt", b"fine\nna\xefve\n", {}, "a.txt:2: byte 7"),
     "not parquet": ("a.parquet", "text", {}, "parquet"),
@@ -165,7 +175,6 @@ def test_bad_files_give_one_line(tmp_path: Path, case: str) -> None:
 def test_what_cannot_be_opened_gives_one_line(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "loop.txt").symlink_to(tmp_path / "loop.txt")
-    (tmp_path / "a.txt").touch(mode=0o000)
     names = [
         "./none",
         "/none",
@@ -178,7 +187,7 @@ def test_what_cannot_be_opened_gives_one_line(tmp_path: Path) -> None:
         str(tmp_path / "none"),
         "",
     ]
-    for data in [*names, str(tmp_path / "empty"), str(tmp_path / "loop.txt"), str(tmp_path / "a.txt")]:
+    for data in [*names, str(tmp_path / "empty"), str(tmp_path / "loop.txt")]:
         with pytest.raises(UserError):
             read_examples(data)
 

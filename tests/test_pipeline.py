@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -184,11 +185,29 @@ def test_what_is_saved_does_not_tell_where_it_was_loaded_from(pipe, tmp_path):
         ({"generator": [torch.Generator()] * 3}, "generators"),
         ({"prompt": ["a", "the"], "negative_prompt": ["a"]}, "negative"),
         ({"prompt": []}, "empty"),
+        ({"prompt": 5}, "prompt 5 is no string"),
+        ({"prompt": ["a"], "negative_prompt": 5, "guidance_scale": 2.0}, "negative_prompt 5 is no string"),
+        ({"generator": 42}, "generator 42"),
+        ({"num_samples": 1.5}, "num_samples"),
     ],
 )
 def test_bad_arguments_are_named(pipe, options, cause):
     with pytest.raises(UserError, match=cause):
         pipe(**options)
+
+
+def test_numbers_of_other_libraries_and_prompts_that_lack_a_negative_one_will_do(pipe):
+    options = {"num_inference_steps": np.int64(2), "num_samples": np.int64(2), "max_length": np.int64(6)}
+    found = pipe(["the cat", "a dog"], negative_prompt=[None, "x"], guidance_scale=2.0, **options)
+    assert len(found.texts) == 4
+    assert found.sequences.shape == (4, 6)
+
+
+def test_weights_that_would_be_unpickled_are_not_loaded(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path, safe_serialization=False)
+    assert list((tmp_path / "denoiser").glob("*.bin"))
+    with pytest.raises(OSError, match="safetensors"):
+        TextDiffusionPipeline.from_pretrained(tmp_path)
 
 
 def test_diffusers_own_schedulers_sample_too(pipe):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import typer
 
@@ -47,8 +48,11 @@ def main() -> None:
     """The console script: bad input is one line on stderr and exit code 2."""
     from embdiff.errors import UserError, is_out_of_memory
 
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not every terminal has every character
+            stream.reconfigure(errors="backslashreplace")
     try:
-        app()
+        sys.exit(app(standalone_mode=False) or 0)
     except UserError as error:
         print(f"embdiff: {error}", file=sys.stderr)
         sys.exit(2)
@@ -56,7 +60,11 @@ def main() -> None:
         where = f" {error.filename}" if error.filename else ""
         print(f"embdiff: cannot read or write{where}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)
-    except (RuntimeError, MemoryError) as error:
+    except Exception as error:
+        if hasattr(error, "format_message"):  # of options: typer has its own click, or another's
+            if type(error).__name__ != "NoArgsIsHelpError":  # which was shown
+                print(f"embdiff: {usage(error)}", file=sys.stderr)
+            sys.exit(2)
         if not is_out_of_memory(error):
             raise
         print(
@@ -65,3 +73,9 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(2)
+
+
+def usage(error: Any) -> str:
+    """What is wrong with the options, in one line."""
+    command = getattr(getattr(error, "ctx", None), "command_path", "embdiff")
+    return f"{' '.join(error.format_message().split()).rstrip('.')}: see {command} --help"

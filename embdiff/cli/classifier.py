@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from embdiff.cli.common import check_counts, check_local, check_seed, load_pipeline, quiet, shown
+from embdiff.cli.common import check_counts, check_local, check_seed, load_pipeline, noted, quiet, shown
 from embdiff.cli.train import DATA_HELP
 from embdiff.errors import UserError
 
@@ -48,7 +48,7 @@ def train_classifier(
     pipe = load_pipeline(str(model), device, "fp32")
     check_local(model)
     examples = read_examples(
-        data, text_column=text_column, prompt_column=label_column, separator=separator, limit=limit
+        data, text_column=text_column, prompt_column=label_column, separator=separator, limit=limit, note=noted
     )
     with shown() as advance:
         classifier, found = train_classifier(

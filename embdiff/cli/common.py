@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import logging
 import math
 import os
@@ -52,11 +53,16 @@ def check_seed(seed: int) -> None:
         raise UserError(f"--seed {seed} is out of range: give 0 to {2**62 - 1}")
 
 
+MOST = 10**9
+
+
 def check_counts(**counts: int) -> None:
-    """Refuses numbers of things below 1; each is named like its option."""
+    """Refuses numbers of things below 1, or beyond all reason; each is named like its option."""
     for name, value in counts.items():
         if value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value} is too small: give at least 1")
+        if value > MOST:
+            raise UserError(f"--{name.replace('_', '-')} {value} is too large: give at most {MOST:,}")
 
 
 def check_temperature(value: float) -> None:
@@ -83,11 +89,12 @@ def check_output(output: Path | None, overwrite: bool, resume: bool | None = Non
         raise UserError(f"{output} exists: use {finish}--overwrite to replace it, or another name")
     if not output.parent.is_dir():
         raise UserError(f"there is no folder {output.parent} for {output.name}: make it first")
-    there = output.exists()
-    with output.open("a"):  # an OSError is told in one line
+    target = output.resolve()  # a link stays
+    there = target.exists()
+    with target.open("a"):  # an OSError is told in one line
         pass
     if not there:
-        output.unlink()
+        target.unlink()
 
 
 def duration(value: float) -> str:
@@ -203,7 +210,12 @@ def run_config(model: str | Path) -> TrainConfig | None:
     from embdiff.config import TrainConfig, read_config
 
     run = Path(model) / "run.yaml"
-    return TrainConfig(**read_config(run)) if run.exists() else None
+    if not run.exists():
+        return None
+    options = read_config(run)
+    if "data" not in options:
+        raise UserError(f"{run} does not name the data, so it is damaged: delete it, and name texts with --data")
+    return TrainConfig(**options)
 
 
 def run_corpus(model: str | Path, progress: bool = True) -> Corpus:
@@ -234,20 +246,29 @@ def like_run(model: str | Path, data: str, reading: Reading = Reading()) -> list
     chosen = Reading(*(mine or its for mine, its in zip(reading, own, strict=True)))
     lines, table = kinds(data)
     chosen = Reading(chosen.separator if lines else None, *(chosen[1:] if table else (None, None)))
-    return read_examples(
-        data, separator=chosen.separator, text_column=chosen.text_column, prompt_column=chosen.prompt_column
-    )
+    return read_examples(data, **chosen._asdict(), note=noted)
+
+
+def json_line(value: Any) -> str:
+    """JSON for stdout, in characters that it has."""
+    utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    return json.dumps(value, ensure_ascii=not utf8, allow_nan=False)
+
+
+def noted(text: str) -> None:
+    """A remark on stderr."""
+    print(text, file=sys.stderr)
 
 
 def kinds(data: str) -> tuple[bool, bool]:
     """Whether a source may have lines of text, and tables."""
-    from embdiff.data import local_path
+    from embdiff.data import files_in, local_path
 
     if data == "docstrings":
         return False, False
     path = local_path(data)
-    lines = path.suffix.lower() == ".txt"
-    return (True, True) if path.is_dir() else (lines, not lines)
+    suffixes = {file.suffix.lower() for file in (files_in(path) if path.is_dir() else [path])}
+    return ".txt" in suffixes, bool(suffixes - {".txt"})
 
 
 def check_reading(reading: Reading, *sources: str | Path | None) -> None:

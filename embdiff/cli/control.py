@@ -19,8 +19,10 @@ from embdiff.cli.common import (
     check_counts,
     check_output,
     check_seed,
+    json_line,
     load_pipeline,
     note_prompts,
+    noted,
     parsed,
     quiet,
     read_prompts,
@@ -107,7 +109,7 @@ def eval_control(
     quiet()
     from embdiff.evaluation.control import Sampling, cost, draw_trials, free_of, outcome, scored
     from embdiff.evaluation.judges import check_judges
-    from embdiff.evaluation.report import environment
+    from embdiff.evaluation.report import environment, finite
     from embdiff.guidance.toxicity import read_lexicon
 
     clean = None if lexicon is None else free_of(read_lexicon(lexicon))
@@ -115,7 +117,7 @@ def eval_control(
     success = clean if scorer is None or label is None else scored(scorer, label)
     pipe = load_pipeline(model, device, dtype, compile)
     set_scheduler(pipe, scheduler)
-    valid, train, sources = real_texts(model, data, judge_data)
+    valid, train, sources = real_texts(model, data, judge_data, judges=judge)
     real, asked = [example.text for example in valid], prompts_of(pipe, prompts, valid, targets)
     judges = named_judges(judge, pipe, train, valid)
     check_judges(judges, pipe, real)
@@ -139,10 +141,10 @@ def eval_control(
         "prompts": len([prompt for prompt in asked if prompt is not None]), "controls": rows,
         "run": environment(pipe, time.monotonic() - start),
     }  # fmt: skip
-    text = json.dumps(figures, indent=None if as_json else 1, ensure_ascii=False)
-    print(text) if as_json else show(rows)
-    if output is not None:
-        output.write_text(text + "\n", encoding="utf-8")
+    figures = finite(figures)
+    if output is not None:  # first, for who reads the table may close it
+        output.write_text(json.dumps(figures, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    print(json_line(figures)) if as_json else show(rows)
 
 
 def new_scorer(data: str, text_column: str | None, label_column: str | None, seed: int) -> Scorer:
@@ -150,7 +152,7 @@ def new_scorer(data: str, text_column: str | None, label_column: str | None, see
     from embdiff.data import read_examples
     from embdiff.evaluation.scorer import Scorer
 
-    examples = read_examples(data, text_column=text_column, prompt_column=label_column)
+    examples = read_examples(data, text_column=text_column, prompt_column=label_column, note=noted)
     bare = next((i for i, example in enumerate(examples) if example.prompt is None), None)
     if bare is not None:
         raise UserError(f"{data}: example {bare + 1} has no label: name the column with --label-column")
@@ -244,4 +246,4 @@ def show(rows: list[dict[str, Any]]) -> None:
     table = Table("", *(row["control"] for row in rows), title="control, beside unguided texts in brackets")
     for name, cells in lines.items():
         table.add_row(name, *cells)
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)

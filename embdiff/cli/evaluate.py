@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from embdiff.cli.common import (
     check_output,
     check_reading,
     check_seed,
+    json_line,
     like_run,
     load_pipeline,
     note_prompts,
@@ -98,7 +99,7 @@ def evaluate(
     )
     pipe = load_pipeline(model, device, dtype, compile)
     set_scheduler(pipe, scheduler)
-    valid, train, sources = real_texts(model, data, judge_data, needed=samples > 0, reading=reading)
+    valid, train, sources = real_texts(model, data, judge_data, needed=samples > 0, reading=reading, judges=judge)
     note_prompts(pipe, valid)
     answers = None if references is None else read_references(model, references, reading)
     judges = named_judges(judge, pipe, train, valid) if samples else []
@@ -109,23 +110,28 @@ def evaluate(
         "references": None if references is None else str(references), **figures,
     }  # fmt: skip
     drawn = figures.pop("texts", [])
-    if as_json:
-        print(json.dumps(figures, ensure_ascii=False, allow_nan=False), flush=True)
-    else:
-        show(figures)
-    if output is not None:
+    if output is not None:  # first, for who reads the tables may close them
         content = json.dumps(figures | {"texts": drawn}, indent=1, ensure_ascii=False, allow_nan=False)
         output.write_text(content + "\n", encoding="utf-8")
+    if as_json:
+        print(json_line(figures), flush=True)
+    else:
+        show(figures)
 
 
 def real_texts(
-    model: str, data: str | None, judge_data: str | None, needed: bool = True, reading: Reading = Reading()
+    model: str,
+    data: str | None,
+    judge_data: str | None,
+    needed: bool = True,
+    reading: Reading = Reading(),
+    judges: Sequence[str] = ("5-gram",),
 ) -> tuple[list[Example], list[str], dict[str, Any]]:
     """Held-out examples, texts for judges, and where they are from, as JSON has it.
 
     Both are those of the run where no others are named; there are no texts for judges where there is no run, or no
     need. That the model was trained on held-out examples, or judges know them, is remarked on; where there is no run,
-    nobody knows.
+    nobody knows. What judges that are models were trained on, nobody knows either.
     """
     own, train = None, list[str]()
     if data is None or run_config(model) is not None:
@@ -140,7 +146,7 @@ def real_texts(
     elif own is not None and needed:
         train = [example.text for example in own.train]
     seen = None if own is None else overlap(valid, [example.text for example in own.train])
-    known = overlap(valid, train)
+    known = overlap(valid, train) if any(judge.endswith("-gram") for judge in judges) else None
     for count, whose in ((seen, "training"), (known if judge_data else 0, "judge's")):
         if count:
             print(f"{count} of {len(valid)} held-out texts are among the {whose} texts too", file=sys.stderr)
@@ -191,7 +197,7 @@ def show(figures: dict[str, Any]) -> None:
     """The figures as tables."""
     from rich.console import Console
 
-    console = Console()
+    console = Console(markup=False, emoji=False)
     for table in tables(figures):
         console.print(table)
 
@@ -205,7 +211,7 @@ def tables(figures: dict[str, Any]) -> Iterator[Any]:
         table = Table(*columns, title="likelihood")
         for name, found in figures["likelihood"].items():
             errors = (in_words(found[error]) for error in ("standard_error", "noise_error"))
-            place, a_word = (f"{found[what]:.4f}" for what in ("nats_per_token", "nats_per_word"))
+            place, a_word = (in_words(found[what], ".4f") for what in ("nats_per_token", "nats_per_word"))
             table.add_row(f"{name}, {found['passes']} passes", place, *errors, a_word, str(found["texts"]))
         yield table
     if "samples" in figures:
@@ -233,11 +239,11 @@ def caption(figures: dict[str, Any]) -> str | None:
     return "; ".join(remarks) or None
 
 
-def in_words(value: Any) -> str:
+def in_words(value: Any, form: str = "g") -> str:
     """A figure, several, or none."""
     if isinstance(value, list):
-        return " ".join(map(in_words, value))
-    return "-" if value is None else f"{value:g}"
+        return " ".join(in_words(one, form) for one in value)
+    return "-" if value is None else f"{value:{form}}"
 
 
 def flat(figures: dict[str, Any]) -> dict[str, Any]:

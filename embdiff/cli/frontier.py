@@ -77,7 +77,7 @@ def frontier(
         if name != "own":
             scheduler_class(name)
     pipe = load_pipeline(model, device, dtype, compile)
-    valid, train, sources = real_texts(model, data, judge_data, reading=reading)
+    valid, train, sources = real_texts(model, data, judge_data, reading=reading, judges=[judge])
     note_prompts(pipe, valid)
     (judged,) = named_judges([judge], pipe, train, valid)
     check_judges([judged], pipe, as_written(pipe.tokenizer, [example.text for example in valid]))

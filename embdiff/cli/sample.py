@@ -23,6 +23,7 @@ from embdiff.cli.common import (
     check_output,
     check_seed,
     check_temperature,
+    json_line,
     load_pipeline,
     parsed,
     quiet,
@@ -109,9 +110,9 @@ def sample(
     if prompt is not None and prompts is not None:
         raise UserError("both --prompt and --prompts are given: choose one")
     sources: list[str | None] = [prompt] if prompts is None else list(read_prompts(prompts))
-    jobs = [Job(p, negative_prompt, seed + i) for i, p in enumerate(p for p in sources for _ in range(num_samples))]
+    total = len(sources) * num_samples
     for module in modules:
-        module.for_samples(0, len(jobs), len(jobs))  # refuses what is not there for each sample, before all is loaded
+        module.for_samples(0, total, total)  # refuses what is not there for each sample, before all is loaded
     prompted = any(sources) or bool(negative_prompt)
     scale = whole_scale(cfg_scale, modules) if prompted else 1.0
     if not prompted:
@@ -125,8 +126,8 @@ def sample(
     from embdiff.guidance import ClassifierFreeGuidance
 
     set_scheduler(pipe, scheduler, noise_schedule)
-    if varied := [module for module in modules if module.for_samples(0, 1, len(jobs)) != module]:
-        pipe.check(varied, len(jobs), max_length)
+    if varied := [module for module in modules if module.for_samples(0, 1, total) != module]:
+        pipe.check(varied, total, max_length)
     warn_of_long_prompts(pipe, [p for p in sources if p])
     options: dict[str, Any] = {
         "num_inference_steps": steps,
@@ -143,21 +144,22 @@ def sample(
     def records(first: int, last: int) -> Iterator[Record]:
         for start in range(first, last, batch_size):
             stop = min(start + batch_size, last)
-            options["guidance"] = [own, *(module.for_samples(start, stop, len(jobs)) for module in modules)]
-            for job, text, tokens in draw(pipe, jobs[start:stop], options):
+            options["guidance"] = [own, *(module.for_samples(start, stop, total) for module in modules)]
+            jobs = [Job(sources[i // num_samples], negative_prompt, seed + i) for i in range(start, stop)]
+            for job, text, tokens in draw(pipe, jobs, options):
                 yield Record(job.prompt, text, tokens, job.seed, steps, name, scale)
 
     def drawn(first: int, last: int) -> list[str]:
         return [line(record, as_json) for record in records(first, last)]
 
-    done = already_written(output, len(jobs), drawn, batch_size) if output is not None and resume else 0
+    done = already_written(output, total, drawn, batch_size) if output is not None and resume else 0
     if show_steps:
         options["callback_on_step_end"] = StepsView(pipe, steps)
     if output is None:
-        for record in records(0, len(jobs)):
-            print(line(record, as_json), flush=True)
+        for record in records(0, total):
+            print(json_line(asdict(record)) if as_json else line(record, as_json), flush=True)
     else:
-        write(records(done, len(jobs)), len(jobs), done, output, as_json)
+        write(records(done, total), total, done, output, as_json)
 
 
 def say_idle(cfg_scale: float, modules: Sequence[Guidance]) -> None:

@@ -173,7 +173,10 @@ class Display:
         from rich.console import Console
 
         # accelerate and torchrun number their processes in RANK.
-        self.console = Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
+        quiet = os.environ.get("RANK", "0") != "0"
+        self.console = Console(stderr=True, highlight=False, emoji=False, quiet=quiet)
+        # Where stderr is closed, rich would end the run.
+        self.console.on_broken_pipe = lambda: setattr(self.console, "quiet", True)  # type: ignore[method-assign]
         self.every = every
         self._last = 0.0
         self._bar: Progress | None = None

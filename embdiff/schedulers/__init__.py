@@ -8,7 +8,7 @@ from typing import Any, cast
 from diffusers import SchedulerMixin
 
 from embdiff.errors import UserError
-from embdiff.schedulers.base import EmbeddingScheduler, SchedulerOutput
+from embdiff.schedulers.base import EmbeddingScheduler, SchedulerOutput, options_of, same_betas, schedule_of_signal
 from embdiff.schedulers.ddim import DDIMScheduler
 from embdiff.schedulers.ddpm import DDPMScheduler
 from embdiff.schedulers.dpm_solver import (
@@ -56,10 +56,22 @@ def with_solver(scheduler: Any, name: str, **options: Any) -> EmbeddingScheduler
 
     What was tuned, levels and options such as eta, stays behind.
     """
-    tuned = ("levels", "eta", "fresh", "churn")
-    kept = {key: value for key, value in scheduler.config.items() if key not in tuned}
+    kept = dict(scheduler.config)
+    if isinstance(scheduler, EmbeddingScheduler):
+        kept = {key: kept[key] for key in options_of(EmbeddingScheduler) - {"levels"}}
+    elif hasattr(scheduler, "alphas_cumprod"):
+        kept = schedule_of(scheduler)
     changed: EmbeddingScheduler = scheduler_class(name).from_config(kept, **options)
     return changed
+
+
+def schedule_of(scheduler: Any) -> dict[str, Any]:
+    """The noise schedule of a diffusers scheduler that has betas, as options of ours."""
+    config = scheduler.config
+    spec = config.get("noise_schedule")
+    if not same_betas(spec, config.get("trained_betas")):  # else it was made from one of ours
+        spec = schedule_of_signal(scheduler.alphas_cumprod.double().cpu().numpy()).config()
+    return {"num_train_timesteps": int(config.num_train_timesteps), "noise_schedule": spec}
 
 
 # Whose steps each solver takes. diffusers' third order keeps its own coefficients, see `embdiff.schedulers.dpm_solver`.
@@ -80,6 +92,11 @@ DIFFUSERS: dict[str, tuple[str, dict[str, Any]]] = {
 # Options of diffusers' schedulers that change the levels in ways of their own.
 NO_IMAGE = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_flow_sigmas", "use_lu_lambdas",
             "rescale_betas_zero_snr")  # fmt: skip
+
+# Options of diffusers' solvers that ours don't have, and their only values that mean what ours do.
+ONLY: dict[str, tuple[Any, ...]] = {
+    "variance_type": (None, "fixed_small", "fixed_small_log"), "predict_x0": (None, True),
+}  # fmt: skip
 
 
 def to_diffusers(scheduler: EmbeddingScheduler, cls: type[Any] | None = None) -> Any:
@@ -126,15 +143,18 @@ def from_diffusers(scheduler: Any) -> EmbeddingScheduler:
         wanted = {k: options[k] for k in ("algorithm_type", "solver_order") if k in options}
         if type(scheduler).__name__ == counterpart and all(config.get(k) == v for k, v in wanted.items()):
             strange = [option for option in NO_IMAGE if config.get(option)]
-            if name == "unipc" and config.get("solver_type") != options["solver_type"]:
+            strange += [option for option, values in ONLY.items() if config.get(option) not in values]
+            if config.get("solver_type", "midpoint") != options.get("solver_type", "midpoint"):
                 strange.append("solver_type")
             if strange:
                 raise UserError(f"{type(scheduler).__name__} with {', '.join(strange)} has no counterpart in embdiff: "
                                 "assign it as it is")  # fmt: skip
-            return cast(EmbeddingScheduler, SCHEDULERS[name].from_config(config))
+            return cast(EmbeddingScheduler, SCHEDULERS[name](**schedule_of(scheduler)))
+    said = ", ".join(f"{k}={config[k]!r}" for k in ("algorithm_type", "solver_order") if k in config)
     names = ", ".join(sorted({counterpart for counterpart, _ in DIFFUSERS.values()}))
     raise UserError(
-        f"{type(scheduler).__name__} has no counterpart in embdiff: assign it as it is, or take one of {names}"
+        f"{type(scheduler).__name__}{said and f' with {said}'} has no counterpart in embdiff: assign it as it is, or "
+        f"take one of {names}"
     )
 
 

@@ -10,6 +10,7 @@ A solver that evaluates more than once between two levels has more rows than lev
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -24,7 +25,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from embdiff.errors import UserError
+from embdiff.errors import UserError, reason
 from embdiff.noise import Array, NoiseSchedule, TableSchedule, corrupt, noise_schedule, velocity
 from embdiff.schedulers.table import TO_X0, Level, Row, Rows, Step, advance, remembered, rows_of_times
 
@@ -47,10 +48,6 @@ NEUTRAL = {
     "set_alpha_to_one": True,
     "final_sigmas_type": "zero",
 }
-
-
-# What the configs of diffusers' schedulers over sigmas or flows have, which hold no discrete noise schedule.
-NO_BETAS = {"sigma_min", "base_shift"}
 
 
 class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
@@ -96,6 +93,8 @@ class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if trained_betas is not None:
             kept: Array = np.cumprod(1.0 - np.array(trained_betas, dtype=np.float64), dtype=np.float64)
             self.register_to_config(noise_schedule=schedule_of_signal(kept).config(), trained_betas=None)
+        elif not isinstance(noise_schedule, str):  # as plain numbers, which can be saved
+            self.register_to_config(noise_schedule=described(noise_schedule))
         self.init_noise_sigma = 1.0
         check_levels(levels or {}, self.noise_schedule)
         self.num_inference_steps: int | None = None
@@ -136,7 +135,8 @@ class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         known = getattr(self, "_whole", None)
         if known is None or known[0] != own:
             extra = NEUTRAL | {
-                "trained_betas": betas(noise_schedule(own["noise_schedule"]), own["num_train_timesteps"])
+                "_class_name": type(self).__name__,
+                "trained_betas": betas(noise_schedule(own["noise_schedule"]), own["num_train_timesteps"]),
             }
             if "_use_default_values" in own:
                 extra["_use_default_values"] = []
@@ -157,7 +157,11 @@ class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     @classmethod
     def from_config(cls, config: Any = None, **kwargs: Any) -> Any:
-        """A scheduler from the config of another one, ours or diffusers', with its noise schedule."""
+        """A scheduler from the config of another one, ours or diffusers', with its noise schedule.
+
+        Options that only some solvers have, such as eta, are taken over from this class or one that it extends: in
+        another solver they mean something else.
+        """
         if isinstance(config, Mapping):
             listed = config.get("trained_betas")
             if "beta_schedule" in config and not same_betas(config.get("noise_schedule"), listed):
@@ -165,9 +169,20 @@ class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 config = {"num_train_timesteps": config["num_train_timesteps"]}
             elif "noise_schedule" in config and listed is not None:  # added by `config`
                 config = {name: value for name, value in config.items() if name != "trained_betas"}
-            elif not {"noise_schedule", "trained_betas"} & {*config, *kwargs} and not NO_BETAS.isdisjoint(config):
-                raise UserError(f"the config of {config.get('_class_name')} has no betas: name a noise_schedule")
+            elif not {"noise_schedule", "trained_betas"} & kwargs.keys() and cls._is_foreign(config):
+                source = config.get("_class_name", "this scheduler")
+                raise UserError(f"the config of {source} has no betas: name a noise_schedule")
+            source = config.get("_class_name", cls.__name__)
+            own = options_of(cls) if source in {of.__name__ for of in cls.__mro__} else options_of(EmbeddingScheduler)
+            config = {name: value for name, value in config.items() if name in own or name[0] == "_"}
         return super().from_config(config, **kwargs)
+
+    @classmethod
+    def _is_foreign(cls, config: Mapping[str, Any]) -> bool:
+        """Whether a config is that of a diffusers scheduler over sigmas or flows, which holds no noise schedule."""
+        if "noise_schedule" in config or config.get("trained_betas") is not None:
+            return False
+        return "trained_betas" in config or any(name[0] != "_" and name not in options_of(cls) for name in config)
 
     @property
     def noise_schedule(self) -> NoiseSchedule:
@@ -176,14 +191,22 @@ class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     @property
     def node_schedule(self) -> NoiseSchedule:
-        """The schedule whose quantiles are the sampling levels; its range is the noise schedule's if it has none."""
+        """The schedule whose quantiles are the sampling levels; its range is the noise schedule's if it has none.
+
+        Raises UserError where its range reaches beyond the noise schedule's.
+        """
         spec, own = self.config.nodes, self.noise_schedule
         if spec is None:
             return own
         spec = {"name": spec} if isinstance(spec, str) else dict(spec)
-        if spec.get("name") == own.name:
-            return noise_schedule(own.config() | spec)
-        return noise_schedule({"gamma_min": own.gamma_min, "gamma_max": own.gamma_max} | spec)
+        known = own.config() if spec.get("name") == own.name else {}
+        nodes = noise_schedule({"gamma_min": own.gamma_min, "gamma_max": own.gamma_max} | known | spec)
+        if nodes.gamma_min < own.gamma_min - 1e-6 or nodes.gamma_max > own.gamma_max + 1e-6:
+            raise UserError(
+                f"levels of the {nodes.name} schedule, {nodes.gamma_max:.4g} to {nodes.gamma_min:.4g}, reach beyond "
+                f"the noise schedule's {own.gamma_max:.4g} to {own.gamma_min:.4g}: give it a range within"
+            )
+        return nodes
 
     def set_timesteps(
         self,
@@ -231,8 +254,11 @@ class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def _checked(self, timesteps: ArrayLike | Tensor) -> Array:
         """Given timesteps as times in [0, 1]."""
-        values = timesteps.detach().cpu().numpy() if isinstance(timesteps, Tensor) else timesteps
-        times: Array = np.asarray(values, dtype=np.float64) / self.config.num_train_timesteps
+        values = timesteps.detach().cpu().double().numpy() if isinstance(timesteps, Tensor) else timesteps
+        try:
+            times: Array = np.asarray(values, dtype=np.float64) / self.config.num_train_timesteps
+        except (TypeError, ValueError) as error:
+            raise UserError(f"timesteps are no numbers: {reason(error)}") from error
         if self.order > 1:
             raise UserError(f"{type(self).__name__} evaluates between levels, so it takes no timesteps: give steps")
         if times.ndim not in (1, 2, 3) or not times.size:
@@ -316,7 +342,7 @@ class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if np.isnan(away).any():
             raise UserError(f"timestep {timestep} is no number")
         nearest = np.flatnonzero(away == away.min())
-        return int(nearest[min(1, len(nearest) - 1)])
+        return int(nearest[min(self.order, len(nearest)) - 1])
 
     @property
     def step_index(self) -> int | None:
@@ -353,13 +379,23 @@ def whole_steps(steps: Any) -> int:
 def check_levels(levels: Mapping[str, Sequence[float]], schedule: NoiseSchedule) -> None:
     """Raises UserError where levels can't be sampled at."""
     for steps, gammas in levels.items():
-        if not isinstance(steps, str) or not steps.isdecimal():
+        if not isinstance(steps, str) or not steps.isdecimal() or int(steps) < 1:
             raise UserError(f"levels for {steps!r} steps: give the number as a string, like '8'")
         if len(gammas) != int(steps):
             raise UserError(f"levels for {steps} steps are {len(gammas)} numbers: give {steps} falling gammas")
         low, high = schedule.gamma_min - 1e-6, schedule.gamma_max + 1e-6
         if not np.all(np.diff(gammas) < 0) or not low <= gammas[-1] <= gammas[0] <= high:
             raise UserError(f"levels for {steps} steps must fall, from {high:.4g} at most to {low:.4g} at least")
+
+
+def described(spec: str | Mapping[str, Any] | NoiseSchedule) -> dict[str, Any]:
+    """A noise schedule by plain numbers."""
+    return noise_schedule(spec).config()
+
+
+def options_of(cls: type[Any]) -> set[str]:
+    """What a class is made from."""
+    return set(inspect.signature(cls.__init__).parameters) - {"self"}
 
 
 def same_betas(schedule: Any, listed: Any) -> bool:
@@ -380,7 +416,9 @@ def betas(schedule: NoiseSchedule, steps: int) -> list[float]:
 
 def schedule_of_signal(kept: Array) -> TableSchedule:
     """The noise schedule through alpha^2 = `kept`, falling, at even times up to 1: the inverse of `betas`."""
-    gamma = np.log1p(-kept) - np.log(kept.clip(min=1e-9))
+    signal = kept[kept > 0]
+    lowest = min(1e-9, 0.1 * float(signal.min())) if len(signal) else 1e-9  # for no signal at all, at the end
+    gamma = np.log1p(-kept) - np.log(np.where(kept > 0, kept, lowest))
     if len(gamma) < 2 or not np.all(np.diff(gamma) > 0):
         raise UserError(f"{len(gamma)} betas: give two or more numbers between 0 and 1")
     # t = 0 is not in their tables: one step further the same way.
@@ -393,4 +431,9 @@ def schedule_of_config(config: Mapping[str, Any]) -> TableSchedule:
     import diffusers
 
     cls = getattr(diffusers, str(config.get("_class_name")), diffusers.DDIMScheduler)
-    return schedule_of_signal(cls.from_config(config).alphas_cumprod.double().numpy())
+    # All that it says counts: in `_use_default_values` are the defaults of the class that it comes from.
+    said = {name: value for name, value in config.items() if name != "_use_default_values"}
+    try:
+        return schedule_of_signal(cls.from_config(said).alphas_cumprod.double().numpy())
+    except NotImplementedError as error:
+        raise UserError(f"{reason(error)}: convert the scheduler itself by embdiff.from_diffusers") from error

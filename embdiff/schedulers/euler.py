@@ -42,8 +42,7 @@ class EulerAncestralScheduler(EmbeddingScheduler):
     def _rows(self, levels: list[Level]) -> list[Row]:
         rows = []
         for now, to in pairwise(levels):
-            up = to.ratio / now.ratio * math.sqrt(now.ratio**2 - to.ratio**2)
-            down = math.sqrt(to.ratio**2 - up**2)
-            keep = down / now.ratio
-            rows.append(from_flow(Row(keep, 1 - keep, s=up), now, to))
+            shrink = to.ratio / now.ratio
+            keep = shrink**2  # r_down / r, for r_down = r'^2 / r
+            rows.append(from_flow(Row(keep, 1 - keep, s=to.ratio * math.sqrt(1 - keep)), now, to))
         return rows

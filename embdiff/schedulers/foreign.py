@@ -139,7 +139,7 @@ class ForeignScheduler:
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"scheduler {self.name} can't take {steps} steps: {reason}") from error
-        self.scheduler = _rewound(self.scheduler, num_inference_steps, device)
+        self.scheduler = _rewound(self.scheduler, steps, device)
         self.timesteps: Tensor = self.scheduler.timesteps
         self.gammas = torch.tensor([call.gamma for call in self.calls], dtype=torch.float32, device=device)
         self.init_noise_sigma = float(getattr(self.scheduler, "init_noise_sigma", 1.0))
@@ -243,8 +243,11 @@ def _configured(scheduler: Any, prediction_type: str | None) -> Any:
     changes |= {name: False for name in ("clip_sample", "thresholding") if name in known}
     if prediction_type == "flow_prediction" and "use_flow_sigmas" in known:
         changes["use_flow_sigmas"] = True
-    if "timestep_spacing" in scheduler.config.get("_use_default_values", ()):
-        changes["timestep_spacing"] = "trailing"  # the others call pure noise half clean if steps are few
+    spacing = known.get("timestep_spacing")
+    # The class's own is changed also where it was named, as a saved config names all: it calls pure noise half clean
+    # if steps are few.
+    if spacing is not None and scheduler.config["timestep_spacing"] == spacing.default:
+        changes["timestep_spacing"] = "trailing"
     changed = copy.deepcopy(scheduler)
     changed.register_to_config(**changes)
     return changed

@@ -198,10 +198,47 @@ def test_a_config_file_is_overridden_by_the_command_line(pairs, tmp_path):
         (["--prompt", "a", "--prompts", "b"], "--prompts"),
         (["--prompts", "/nowhere.txt"], "/nowhere.txt"),
         (["--cfg-space", "eps", "--cfg-scale", "2"], "eps"),
+        (["--steps", "abc"], "--steps"),
+        (["--stepz", "4"], "--stepz"),
+        (["--num-samples", "9" * 20], "too large"),
     ],
 )
 def test_bad_sample_options_get_one_line(model, capsys, monkeypatch, arguments, cause):
     assert cause in refused(capsys, monkeypatch, "sample", str(model), *arguments)
+
+
+def test_usage_is_told_in_one_line_too(capsys, monkeypatch):
+    assert "model" in refused(capsys, monkeypatch, "sample")
+    assert "wirte" in refused(capsys, monkeypatch, "wirte")
+    for arguments, code in ([], 2), (["--help"], 0), (["--version"], 0):
+        monkeypatch.setattr(sys, "argv", ["embdiff", *arguments])
+        with pytest.raises(SystemExit) as leaving:
+            main()
+        assert (leaving.value.code, "embdiff" in capsys.readouterr().out) == (code, True)
+
+
+def test_a_slip_in_the_name_of_a_run_asks_no_hub(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("embdiff.pipeline.hub_access", lambda: pytest.fail("it asks the hub"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    assert "no model at runs/mnie" in refused(capsys, monkeypatch, "sample", "runs/mnie")
+
+
+def test_a_terminal_without_some_characters_shows_others(model, tmp_path):
+    (tmp_path / "p.txt").write_text("caf\u00e9\n")
+    result = run(
+        "sample", str(model), "--prompts", str(tmp_path / "p.txt"), "--steps", "1", "--json",
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert result.returncode == 0
+    assert json.loads(result.stdout)["prompt"] == "caf\u00e9"
+
+
+def test_an_output_may_be_a_link_to_a_file_that_is_not_there_yet(model, tmp_path):
+    (tmp_path / "link.txt").symlink_to(tmp_path / "there.txt")
+    sample(str(model), "--output", str(tmp_path / "link.txt"))
+    assert (tmp_path / "link.txt").is_symlink()
+    assert (tmp_path / "there.txt").read_text()
 
 
 def test_an_existing_output_is_not_replaced_unasked(model, tmp_path, capsys, monkeypatch):
@@ -236,7 +273,7 @@ def test_bad_data_gets_one_line(tmp_path, capsys, monkeypatch):
     (tmp_path / "rows.csv").write_text("a,b\n1,2\n")
     for data, options, cause in [
         ("missing.txt", [], "missing.txt"),
-        ("empty.txt", [], "empty"),
+        ("empty.txt", [], "has no example"),
         ("latin.txt", [], "UTF-8"),
         ("rows.csv", ["--text-column", "body"], "body"),
         ("empty.txt", ["--max-time", "soon"], "soon"),

@@ -72,6 +72,18 @@ def test_without_a_terminal_progress_is_a_line_now_and_then():
     assert out.getvalue().count("step 10  loss 3.000  1,000 tokens/s  1m00s left") == 2
 
 
+def test_a_closed_stderr_does_not_end_the_run(monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    with Display(every=0.0) as display:
+        display.console.file = Closed()
+        for _ in range(2):
+            display.progress(METRICS)
+    assert display.console.quiet
+
+
 def test_the_bar_waits_for_the_first_progress():
     """Until then the data may draw a bar of their own."""
     with Display() as display:

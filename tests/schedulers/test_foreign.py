@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import diffusers.schedulers
+import numpy as np
 import pytest
 import torch
 from diffusers.utils import logging as diffusers_logging
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embdiff.errors import UserError
-from embdiff.schedulers import DIFFUSERS, SCHEDULERS, DDIMScheduler, adapted, from_diffusers, to_diffusers
+from embdiff.schedulers import DIFFUSERS, SCHEDULERS, DDIMScheduler, adapted, from_diffusers, to_diffusers, with_solver
 from embdiff.schedulers.foreign import ForeignScheduler, dry_run
 
 diffusers_logging.set_verbosity_error()
@@ -154,9 +155,74 @@ def test_few_steps_start_from_noise_too():
         for steps in (1, 2, 4):
             solver.set_timesteps(steps)
             assert solver.gammas[0] > 3
-    own = adapted(diffusers.schedulers.DDIMScheduler(timestep_spacing="leading", steps_offset=1))
+    own = adapted(diffusers.schedulers.EulerDiscreteScheduler(timestep_spacing="leading", steps_offset=1))
     with pytest.raises(UserError, match="can't take 1 steps: it starts from pure noise"):
         own.set_timesteps(1)
+
+
+@pytest.mark.parametrize("name", ["DDIM", "EulerDiscrete", "UniPCMultistep", "LCM"])
+def test_a_saved_scheduler_samples_at_the_same_levels(name, tmp_path):
+    """A saved config names all options, those that nobody chose too."""
+    scheduler = foreign(name)
+    scheduler.save_pretrained(tmp_path)
+    levels = []
+    for each in (scheduler, type(scheduler).from_pretrained(tmp_path)):
+        solver = adapted(each)
+        solver.set_timesteps(5)
+        levels.append(solver.gammas)
+    assert torch.equal(*levels)
+
+
+@pytest.mark.parametrize("name", ["LCM", "TCD", "HeunDiscrete", "KDPM2Discrete", "DDIM", "UniPCMultistep"])
+def test_the_noise_schedule_of_a_default_scheduler_is_its_own(name):
+    """Their defaults differ: what a class has by default is no other class's default."""
+    theirs = foreign(name)
+    schedules = [DDIMScheduler.from_config(theirs.config).noise_schedule, with_solver(theirs, "unipc").noise_schedule]
+    kept = theirs.alphas_cumprod.double().numpy()
+    for schedule in schedules:
+        gamma = schedule.gamma(np.arange(1, len(kept) + 1) / len(kept))
+        assert np.allclose(1 / (1 + np.exp(gamma)), kept, atol=1e-6)
+
+
+def test_a_signal_that_all_but_vanishes_is_kept():
+    theirs = diffusers.schedulers.DDPMScheduler(num_train_timesteps=4000)
+    assert from_diffusers(theirs).noise_schedule.gamma_max == pytest.approx(-float(theirs.alphas_cumprod[-1].log()))
+
+
+@pytest.mark.parametrize("name", ["FlowMatchHeunDiscrete", "IPNDM", "ScoreSdeVp"])
+def test_a_config_without_betas_is_refused(name):
+    with pytest.raises(UserError, match="has no betas"):
+        DDIMScheduler.from_config(getattr(diffusers.schedulers, f"{name}Scheduler")().config)
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        diffusers.schedulers.DPMSolverMultistepScheduler(solver_type="heun"),
+        diffusers.schedulers.DPMSolverMultistepScheduler(algorithm_type="dpmsolver", final_sigmas_type="sigma_min"),
+        diffusers.schedulers.DDPMScheduler(variance_type="fixed_large"),
+        diffusers.schedulers.UniPCMultistepScheduler(predict_x0=False),
+    ],
+    ids=lambda theirs: type(theirs).__name__,
+)
+def test_options_without_a_counterpart_are_refused(theirs):
+    with pytest.raises(
+        UserError, match=r"(solver_type|algorithm_type='dpmsolver'|variance_type|predict_x0).*counterpart"
+    ):
+        from_diffusers(theirs)
+
+
+def test_betas_by_a_formula_of_their_own_are_taken_from_the_scheduler():
+    theirs = diffusers.schedulers.DDPMScheduler(beta_schedule="sigmoid")
+    assert from_diffusers(theirs).noise_schedule.gamma_max > 5
+    with pytest.raises(UserError, match=r"sigmoid.*from_diffusers"):
+        DDIMScheduler.from_config(theirs.config)
+
+
+def test_steps_that_are_a_whole_float_are_a_number_of_steps():
+    solver = adapted(foreign("DDIM"))
+    solver.set_timesteps(4.0)
+    assert len(solver.timesteps) == 4
 
 
 @pytest.mark.parametrize("steps", [0, 2.5, 5000])

@@ -13,6 +13,7 @@ from scipy import stats
 
 from embdiff.errors import UserError
 from embdiff.noise import SCHEDULES as NOISE_SCHEDULES
+from embdiff.noise import GumbelSchedule
 from embdiff.schedulers import SCHEDULERS, DDIMScheduler, DDPMScheduler, DPMSolverScheduler, RenoiseScheduler
 
 diffusers_logging.set_verbosity_error()
@@ -365,6 +366,55 @@ def test_the_config_survives_saving_and_other_solvers(name, tmp_path):
         assert len(moved) == 500
         back = type(scheduler).from_config(moved.config)
         assert back.noise_schedule == scheduler.noise_schedule
+        # Whatever the first one's options are, the other takes its own steps.
+        fresh = other(noise_schedule=scheduler.config.noise_schedule, num_train_timesteps=500)
+        for each in (moved, fresh):
+            each.set_timesteps(6)
+        assert moved.table == fresh.table
+
+
+def test_options_go_along_to_the_same_solver_and_those_that_extend_it():
+    tuned = SCHEDULERS["dpm++sde"](eta=0.5)
+    assert type(tuned).from_config(tuned.config).config.eta == 0.5
+    assert SCHEDULERS["dpm++3m-sde"].from_config(tuned.config).config.eta == 0.5
+    assert "eta" not in SCHEDULERS["dpm++"].from_config(tuned.config).config
+    assert SCHEDULERS["ddim"].from_config(tuned.config).config.eta == 0.0
+
+
+@pytest.mark.parametrize(
+    "spec", [GumbelSchedule(mu=1.0), {"name": "table", "gammas": np.linspace(-8, 10, 9)}, {"name": "cosine"}]
+)
+def test_any_way_to_name_a_noise_schedule_can_be_saved(spec, tmp_path):
+    scheduler = SCHEDULERS["ddim"](noise_schedule=spec)
+    scheduler.save_pretrained(tmp_path)
+    loaded = type(scheduler).from_pretrained(tmp_path)
+    assert loaded.noise_schedule == scheduler.noise_schedule
+    assert loaded.config.noise_schedule == scheduler.config.noise_schedule
+
+
+@pytest.mark.parametrize(
+    "nodes", ["table", {"name": "karras", "gamma_min": -20.0}, {"name": "linear", "gamma_max": 20}]
+)
+def test_levels_beyond_the_noise_schedule_are_refused(nodes):
+    with pytest.raises(UserError, match="reach beyond"):
+        SCHEDULERS["unipc"](noise_schedule={"name": "gumbel", "gamma_min": -3.0, "gamma_max": 9.0}, nodes=nodes)
+
+
+@pytest.mark.parametrize("timesteps", [["a", "b"], [None, 1.0], torch.tensor([900.0, 100.0], dtype=torch.bfloat16)])
+def test_timesteps_may_be_of_any_type_of_numbers(timesteps):
+    scheduler = make("ddim")
+    if isinstance(timesteps, torch.Tensor):
+        scheduler.set_timesteps(timesteps=timesteps)
+        assert scheduler.timesteps.tolist() == timesteps.tolist()
+    else:
+        with pytest.raises(UserError, match=r"no numbers|out of range"):
+            scheduler.set_timesteps(timesteps=timesteps)
+
+
+def test_ancestral_steps_over_any_gap():
+    scheduler = SCHEDULERS["euler-a"](noise_schedule={"name": "log-linear", "gamma_min": -50.0, "gamma_max": 50.0})
+    scheduler.set_timesteps(2)
+    assert all(np.isfinite(list(row)).all() for row in scheduler.table)
 
 
 @every_solver
@@ -410,6 +460,7 @@ def test_steps_must_be_whole_and_positive(steps):
     [
         ({2: [5.0, 1.0]}, "as a string"),
         ({"3": [5.0, 1.0]}, "are 2 numbers"),
+        ({"0": []}, "as a string"),
         ({"2": [1.0, 5.0]}, "must fall"),
         ({"2": [float("nan"), 1.0]}, "must fall"),
         ({"2": [50.0, 1.0]}, "from 9"),
