@@ -310,9 +310,7 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
     def _uniform(self, generators: list[torch.Generator]) -> Tensor:
         return torch.cat([torch.rand(1, generator=g, device=g.device) for g in generators])
 
-    def _run(
-        self, prompts: list[str | None], negatives: list[str | None] | None, num_samples: int, length: int
-    ) -> Run:
+    def _run(self, prompts: list[str | None], negatives: list[str | None] | None, num_samples: int, length: int) -> Run:
         """What guidance may know. negatives: one for each prompt, if any; they alone stand beside an empty prompt."""
         run = Run(
             self.denoiser, self.tokenizer, len(prompts) * num_samples, length, num_samples, classifiers=self.classifiers
