@@ -91,7 +91,7 @@ def e2e(
 ) -> None:
     """Length, lexical and semantic control on the unconditional model."""
     quiet()
-    pipe = load_pipeline(str(model))
+    pipe = load_pipeline(str(model), "auto", "auto")
     set_scheduler(pipe, solver)
     train, real = (as_written(pipe.tokenizer, texts(data / f"{name}.txt")) for name in ("train", "valid"))
     judges = ready_judges(judge, pipe, train)
@@ -123,7 +123,8 @@ def e2e(
     demands = {
         "tokens": control.length_trials(pipe, real, "tokens", targets, each),
         "words": control.length_trials(pipe, real, "words", targets, each),
-        "lexical": control.lexical_trials(real, control.known_words(pipe), targets, each),
+        "lexical": (words := control.lexical_trials(real, control.known_words(pipe), targets, each)),
+        "lexical, gradient": following(words),
         "labels": labels(best, max(1, targets * each // len(asked))),
     }
     real_shares = {label: share(checks[label], found) for label, found in of_labels(pipe, labelled, asked).items()}
@@ -242,7 +243,7 @@ def prompted(
     Standard errors are of meanings.
     """
     quiet()
-    pipe = load_pipeline(str(model))
+    pipe = load_pipeline(str(model), "auto", "auto")
     references = references_of(pipe, data / "src1_valid.txt")
     sources = list(references)
     sources = [sources[i] for i in spread(len(sources), meanings or len(sources))]
@@ -277,7 +278,7 @@ def costs(
     exact is looked after in the last rounding all the same, so outside its interval it still costs that.
     """
     quiet()
-    pipe, other = load_pipeline(str(model), compile=compile), load_pipeline(str(prompted), compile=compile)
+    pipe, other = (load_pipeline(str(folder), "auto", "auto", compile) for folder in (model, prompted))
     for each in (pipe, other):
         set_scheduler(each, solver)
     real, source = as_written(pipe.tokenizer, texts(data / "valid.txt")), pairs(data / "src1_valid.txt")[0][0]
@@ -289,7 +290,8 @@ def costs(
     timed: dict[str, tuple[TextDiffusionPipeline, list[Trial]]] = {
         "length in tokens": (pipe, control.length_trials(pipe, real, "tokens", 99, 1)),
         "length in words": (pipe, control.length_trials(pipe, real, "words", 99, 1)),
-        "lexical": (pipe, control.lexical_trials(real, control.known_words(pipe), 1, 1)),
+        "lexical": (pipe, words := control.lexical_trials(real, control.known_words(pipe), 1, 1)),
+        "gradient of lexical": (pipe, following(words)),
         "lexicon": (pipe, one(Toxicity(0.0, lexicon=str(lexicon)))),
         "classifier": (pipe, one(ClassifierGuidance(label, "attributes", strength=strength))),
         "top-p": (pipe, one(TopP(0.9))),
@@ -340,6 +342,11 @@ def strongest_needed(rows: Mapping[float, Mapping[str, Any]], before: float) -> 
     fluent = [s for s, row in rows.items() if all(row["fluency"][j] <= FLUENT * row["plain_fluency"][j]
                                                   for j in row["fluency"])]  # fmt: skip
     return min(fallen) if fallen else max(fluent, default=min(rows))
+
+
+def following(trials: Sequence[Trial]) -> list[Trial]:
+    """The trials, with all texts made to fit what is asked for, by its gradient."""
+    return [replace(t, guidance=[replace(module, gradient=1.0) for module in t.guidance]) for t in trials]
 
 
 def texts(path: Path) -> list[str]:

@@ -26,6 +26,7 @@ from embdiff.guidance.automaton import Automaton, Shares, aligned
 from embdiff.guidance.base import Branch, Combine, Constraint, Gradient, Guidance, Part, Run, Tilt, Veto, Words
 from embdiff.transitions import Transitions
 
+FARTHEST = 0.3  # of an embedding's length: gradients of constraints, which are of first order, move x0 no farther
 BARRED = 1e9  # nats: no mass is left beside any other word, and a constraint may ask for it all the same
 
 
@@ -49,6 +50,7 @@ class Plan(NamedTuple):
     vetoes: list[Veto]
     demands: list[tuple[Automaton, float]]  # over the same classes, with their strengths, the weakest first
     gradients: list[Gradient]
+    follow: float  # of the demands' own gradient
 
     @property
     def automaton(self) -> Automaton | None:
@@ -176,13 +178,19 @@ class Predictor:
             # What constraints ask for is seen in the posterior only where all of them act in full.
             seen = self.automaton is None or [(id(a), s) for a, s in plan.demands] == [(id(self.automaton), 1.0)]
             self.rows = live(posterior.kept[..., 0]) if seen else None
+        # E[x0 | z, y] = E[x0 | z] + (sigma^2 / alpha) grad log p(y | z), by Tweedie's formula under both. A token makes
+        # y likelier by exp(alpha <grad log p(y | z), its embedding>), to first order.
+        # With alpha^2 = 1 / (1 + e^g): sigma^2 / alpha^2 = e^g.
         x0, pull = self._x0(posterior, gamma), None
-        if plan.gradients:
-            # E[x0 | z, y] = E[x0 | z] + (sigma^2 / alpha) grad log p(y | z), by Tweedie's formula under both. A token
-            # makes y likelier by exp(alpha <grad log p(y | z), its embedding>), to first order.
-            # With alpha^2 = 1 / (1 + e^g): sigma^2 / alpha^2 = e^g.
-            gradient = torch.stack([g.strength * g.of(z, gamma) for g in plan.gradients]).sum(0)
-            pull = gradient / math.sqrt(1 + math.exp(gamma))
+        scale = 1 / math.sqrt(1 + math.exp(gamma))
+        pulls = [scale * g.strength * g.of(z, gamma) for g in plan.gradients]
+        if plan.follow and plan.demands:
+            farthest = FARTHEST * math.sqrt(z.shape[-1]) * math.exp(-gamma)
+            pulls.append(
+                limited(scale * plan.follow * self._slope(z, gamma, self_cond, looked_at, plan, changes), farthest)
+            )
+        if pulls:
+            pull = torch.stack(pulls).sum(0)
             x0 = x0 + math.exp(gamma) * pull
         by_means = [h for branch, h in pairs if branch.space == "x0"]
         shared = [
@@ -349,6 +357,7 @@ class Predictor:
             [part for part in parts if isinstance(part, Veto)],
             self._demands(constraints),
             [part for part in parts if isinstance(part, Gradient) and part.strength],
+            max((constraint.gradient for constraint in constraints), default=0.0),
         )
 
     def _demands(self, constraints: list[Constraint]) -> list[tuple[Automaton, float]]:
@@ -419,6 +428,41 @@ class Predictor:
         weight, table = self.outputs[denoiser or self.denoiser].weight, self.outputs[self.denoiser].rounded
         return ops.expectation(h, weight, table, self.temperature, self.kept_ids, classes, *changes)
 
+    def _slope(
+        self, z: Tensor, gamma: float, self_cond: Tensor | None, rows: Tensor | None, plan: Plan, changes: Changes
+    ) -> Tensor:
+        """The gradient [B, L, D] in z of log p(demands | z) through the denoiser's hidden states: what a demand that
+        one position may fulfil says of the others.
+
+        With positions independent given z, it is the mean of sum_l grad log q_l(x_l) over the texts that fulfil the
+        demands (Fisher's identity). For logits h W^T that is the Jacobian of h, transposed, times what the demands
+        change of each position's mean row of W. The matched filter's share of h is left out: a position's own evidence
+        is what `constrained` weighs, exactly.
+        """
+        assert plan.automaton is not None
+        D, weight = z.shape[-1], self.outputs[self.denoiser].weight
+        context = self.run.context
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+        ):  # cloned, for what is made in inference mode has no gradient
+            z = z.detach().clone().requires_grad_()
+            last = torch.zeros_like(z) if self_cond is None else self_cond.detach().clone()
+            context = None if context is None else Context(*(t.clone() for t in context))
+            h = predicted(self.denoiser, z, gamma, context, last, None if rows is None else rows.clone())
+        with torch.no_grad():
+            before = ops.expectation(h.detach(), weight, weight, 1.0, self.kept_ids, plan.automaton.classes, *changes)
+            before = before if rows is None else spread(before, rows, z.shape[:2])
+            after = before
+            for automaton, strength in plan.demands:
+                after = constrained(after, automaton, strength)
+            ends = weight[self.kept_ids].float()
+            change = overall(after, ends) - overall(before, ends)
+            change[..., -D:] = 0.0
+            change = change if rows is None else change.flatten(0, 1)[rows]
+        (gradient,) = torch.autograd.grad(h, z, change.to(h.dtype))
+        return gradient.float()
+
     def _x0(self, posterior: ops.Posterior, gamma: float) -> Tensor:
         """The mean embedding, with the length tokens drawn at high noise and held back below."""
         mean, kept = posterior.mean, posterior.kept
@@ -430,7 +474,7 @@ class Predictor:
             # q = p e^-b / (p e^-b + 1 - p): the odds of p divided by e^b, shared out as before.
             p = kept.sum(-1, keepdim=True)
             kept = kept / (p + (1 - p) * math.exp(self.length_bias)).clamp(min=1e-12)
-        return kept @ self.kept_embeddings + (1 - kept.sum(-1, keepdim=True)) * mean
+        return overall(ops.Posterior(mean, kept), self.kept_embeddings)
 
 
 # By denoiser: versions of its two weights, the weights, so that no others get their memory, and what was made of them.
@@ -552,6 +596,17 @@ def guided(main: ops.Posterior, others: Sequence[tuple[Branch, ops.Posterior]]) 
     share = probability("share").clamp(min=0.0)
     share = share / share.sum(-1, keepdim=True).clamp(min=1e-12)
     return ops.Posterior(mean("mean"), kept, share, mean("each"))
+
+
+def overall(posterior: ops.Posterior, ends: Tensor) -> Tensor:
+    """The mean [.., D] of all tokens, from that of words and the rows [K, D] of those that are kept apart."""
+    mean, kept = posterior.mean, posterior.kept
+    return kept @ ends + mean * (1 - kept.sum(-1, keepdim=True))
+
+
+def limited(vectors: Tensor, longest: float) -> Tensor:
+    """Vectors [.., D], none longer than that."""
+    return vectors * (longest / vectors.norm(dim=-1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0)
 
 
 def constrained(posterior: ops.Posterior, automaton: Automaton, strength: float) -> ops.Posterior:

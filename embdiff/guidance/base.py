@@ -124,11 +124,13 @@ class Tilt(NamedTuple):
 
 class Constraint(NamedTuple):
     """The texts must be in the language; `cause` says what was asked for. strength: 1 = in every step what is certain
-    is taken as certain; towards 0, constraints guide less on the way and still hold at the end."""
+    is taken as certain; towards 0, constraints guide less on the way and still hold at the end. gradient: how much the
+    rest of a text follows: times the gradient, through the denoiser, of log p(all constraints | z)."""
 
     language: Language
     cause: str
     strength: float = 1.0
+    gradient: float = 0.0
 
 
 class Veto(NamedTuple):
@@ -152,6 +154,16 @@ class Gradient(NamedTuple):
 
 
 Part = Branch | Tilt | Constraint | Veto | Gradient
+
+
+def check_demand(name: str, strength: float, gradient: float) -> None:
+    """Refuses options of constraints that are out of range."""
+    if not 0 <= strength <= 1:
+        raise UserError(f"strength {strength} of {name} is out of range: give 0 to 1")
+    if not 0 <= gradient <= 100:
+        raise UserError(
+            f"gradient {gradient} of {name} is out of range: give 0 (off) to 100, 1 is as Bayes' rule has it"
+        )
 
 
 @dataclass(frozen=True)

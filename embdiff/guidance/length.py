@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from embdiff import vocabulary
 from embdiff.errors import UserError
-from embdiff.guidance.base import Constraint, Guidance, Part, Run
+from embdiff.guidance.base import Constraint, Guidance, Part, Run, check_demand
 from embdiff.guidance.language import CharacterCount, Language, Sentences, Span, TokenCount, WordCount
 
 Count = int | str | tuple[int, int] | Sequence["int | str | tuple[int, int]"]
@@ -24,7 +24,7 @@ class Length(Guidance):
 
     tokens: the end of text not counted. words: as `str.split` finds them. characters: with blanks. Each is a number, a
     range ("8-12", "8-" at least, "-12" at most, or a tuple), or a list of these, one for each sample. complete: texts
-    end with `.`, `!` or `?`. strength: 0 to 1, how much the length guides on the way.
+    end with `.`, `!` or `?`. strength: 0 to 1, how much the length guides on the way. gradient: as `Lexical` has it.
     """
 
     name: ClassVar[str] = "length"
@@ -34,11 +34,11 @@ class Length(Guidance):
     characters: Count | None = None
     complete: bool = True
     strength: float = 1.0
+    gradient: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.strength <= 1:
-            raise UserError(f"strength {self.strength} of the length is out of range: give 0 to 1")
+        check_demand("the length", self.strength, self.gradient)
         if self.tokens is None and self.words is None and self.characters is None:
             raise UserError("length without a number: give tokens, words or characters, as in length:words=12")
         for name in ("tokens", "words", "characters"):
@@ -66,9 +66,10 @@ class Length(Guidance):
             wanted = spans(name, asked)
             if len(wanted) not in (1, run.samples):
                 raise UserError(f"{len(wanted)} lengths in {name} for {run.samples} samples: give one, or one for each")
-            yield Constraint(kind([within(span, name, run) for span in wanted]), f"{name} {asked}", self.strength)
+            language = kind([within(span, name, run) for span in wanted])
+            yield Constraint(language, f"{name} {asked}", self.strength, self.gradient)
         if self.complete:
-            yield Constraint(Sentences(), "complete sentences", self.strength)
+            yield Constraint(Sentences(), "complete sentences", self.strength, self.gradient)
 
 
 def within(span: Span, name: str, run: Run) -> Span:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from embdiff import vocabulary
 from embdiff.errors import UserError
-from embdiff.guidance.base import Constraint, Guidance, Part, Run, Tilt, Veto
+from embdiff.guidance.base import Constraint, Guidance, Part, Run, Tilt, Veto, check_demand
 from embdiff.guidance.language import PART, Kept, Phrases, is_word
 
 
@@ -25,7 +25,9 @@ class Lexical(Guidance):
 
     Included phrases may come anywhere; with `ordered`, one after the other. keep: text at given positions, {first
     token's position: text}, exactly as it is written; a word behind the first position begins a new word, with or
-    without a blank before it. strength: 0 to 1, how much `include` and `keep` guide on the way.
+    without a blank before it. strength: 0 to 1, how much `include` and `keep` guide on the way. gradient: how much the
+    words around them are made to fit, by the gradient of log p(the demand | z) through the denoiser: 0 = they follow by
+    themselves; 1 = as Bayes' rule has it, for about four times the time of a step.
     """
 
     name: ClassVar[str] = "lexical"
@@ -35,9 +37,11 @@ class Lexical(Guidance):
     ordered: bool = False
     keep: Mapping[int, str] = field(default_factory=dict)
     strength: float = 1.0
+    gradient: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_demand("lexical control", self.strength, self.gradient)
         for name in ("include", "exclude"):
             given = getattr(self, name)
             phrases = [given] if isinstance(given, str) else list(given)
@@ -46,8 +50,6 @@ class Lexical(Guidance):
             object.__setattr__(self, name, tuple(phrases))
         if not (self.include or self.exclude or self.keep):
             raise UserError("lexical without words: give include, exclude or keep, as in lexical:include=cheap pub")
-        if not 0 <= self.strength <= 1:
-            raise UserError(f"strength {self.strength} of lexical control is out of range: give 0 to 1")
         banned = matcher(self.exclude)
         for phrase in (*self.include, *self.keep.values()):
             if banned is not None and (found := banned.search(phrase)):
@@ -61,9 +63,10 @@ class Lexical(Guidance):
         if self.include:
             order = " in this order" if self.ordered else ""
             cause = f"words {', '.join(map(repr, self.include))}{order}"
-            yield Constraint(Phrases(self.include, self.ordered), cause, self.strength)
+            yield Constraint(Phrases(self.include, self.ordered), cause, self.strength, self.gradient)
         if self.keep:
-            yield Constraint(Kept(kept_tokens(self.keep, run)), f"kept positions {dict(self.keep)}", self.strength)
+            cause = f"kept positions {dict(self.keep)}"
+            yield Constraint(Kept(kept_tokens(self.keep, run)), cause, self.strength, self.gradient)
         if self.exclude:
             yield from without(self.exclude, run)
 
