@@ -606,7 +606,8 @@ def overall(posterior: ops.Posterior, ends: Tensor) -> Tensor:
 
 def limited(vectors: Tensor, longest: float) -> Tensor:
     """Vectors [.., D], none longer than that."""
-    return vectors * (longest / vectors.norm(dim=-1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0)
+    shrink: Tensor = longest / vectors.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    return vectors * shrink.clamp(max=1.0)
 
 
 def constrained(posterior: ops.Posterior, automaton: Automaton, strength: float) -> ops.Posterior:
