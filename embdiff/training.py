@@ -13,6 +13,7 @@ ends with the same weights as one that was never stopped.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import itertools
 import json
@@ -124,6 +125,8 @@ def train(
 
     check_tracker(config.tracker)
     accelerator = Accelerator(mixed_precision="no", log_with=config.tracker, project_dir=str(output))
+    if accelerator.num_processes > 1:
+        atexit.register(leave_group)
     reporter = reporter if reporter is not None and accelerator.is_main_process else Silent()
     config = config.located()
     inputs = [source for source in (config.data, config.validation) if source is not None]
@@ -139,6 +142,12 @@ def train(
         reporter.note(text)
     Trainer(config, output, corpus, accelerator, reporter, resume).run(should_stop)
     return output
+
+
+def leave_group() -> None:
+    """Ends the threads of torch.distributed, if they run: left to the end of the process, they may abort it."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def by_main(accelerator: Accelerator, work: Callable[[], object]) -> None:
