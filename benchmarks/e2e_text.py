@@ -40,6 +40,7 @@ def main(
     max_steps: int | None = typer.Option(None, help="Training steps, instead of a time."),
     size: str = typer.Option("mini", help="Model size."),
     batch_size: int = typer.Option(64, help="Texts of 64 positions a step."),
+    dim: int | None = typer.Option(None, help="Dimensions of the embeddings; the size's by default."),
     samples: int = typer.Option(1000, help="Samples to judge."),
     steps: list[int] = typer.Option([32], help="Sampling steps; give it several times."),
     solver: str | None = typer.Option(None, help="By default the model's own scheduler."),
@@ -55,7 +56,7 @@ def main(
     """Trains, evaluates, prints the figures and adds them to --results; samples go into the run's folder."""
     config = TrainConfig(
         data=str(data / "train.txt"), validation=str(data / "valid.txt"), tokenizer="word", min_count=11,
-        size=size, max_length=64, batch_size=batch_size, infill=0.0, window=0.9, save_every=200,
+        size=size, dim=dim, max_length=64, batch_size=batch_size, infill=0.0, window=0.9, save_every=200,
         max_steps=max_steps, max_time=None if max_steps else seconds(max_time),
     )  # fmt: skip
     pipe = trained(output, config, publish=ship)
@@ -78,22 +79,18 @@ def main(
     options: dict[str, Any] = {"temperature": temperature, "guidance": parsed(guidance)}
     if length_bias is not None:
         options["length_bias"] = length_bias
-    if figures.get("likelihood_of") != [bound, levels]:  # measured once for all samplers
-        figures.pop("likelihood", None)
+    if bound != 0 and figures.get("likelihood_of") != [bound, levels]:  # measured once for all samplers
+        figures |= {"likelihood": None, "likelihood_of": [bound, levels]}
     for n in steps:
-        protocol = Protocol(
-            samples, n, bound_texts=0 if figures.get("likelihood") else bound, levels=levels, options=options
-        )
+        lines = 0 if figures.get("likelihood") else bound
+        protocol = Protocol(samples, n, bound_texts=lines, levels=levels, options=options)
         found = evaluate(pipe, valid, [judge], protocol, train=train)
         sampler = f"{solver or 'default'}, {n} steps, temperature {temperature or found['run']['temperature']:g}"
         biased = [] if length_bias is None else [f"length bias {length_bias:g}"]
         sampler = ", ".join([sampler, *biased, *guidance])
         name = re.sub(r"[^\w .,=:-]", "-", sampler)  # guidance may name files
         (output / f"{name}.txt").write_text("\n".join(each["text"] for each in found.pop("texts")) + "\n")
-        figures["likelihood"], figures["likelihood_of"] = (
-            figures.get("likelihood") or found["likelihood"],
-            [bound, levels],
-        )
+        figures["likelihood"] = figures.get("likelihood") or found["likelihood"]
         figures[sampler] = {name: found[name] for name in ("samples", "real", "run", "protocol")}
         write(results, figures)
 

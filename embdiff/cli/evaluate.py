@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +24,7 @@ from embdiff.cli.common import (
     like_run,
     load_pipeline,
     note_prompts,
+    noted,
     parsed,
     quiet,
     run_config,
@@ -149,7 +149,7 @@ def real_texts(
     known = overlap(valid, train) if any(judge.endswith("-gram") for judge in judges) else None
     for count, whose in ((seen, "training"), (known if judge_data else 0, "judge's")):
         if count:
-            print(f"{count} of {len(valid)} held-out texts are among the {whose} texts too", file=sys.stderr)
+            noted(f"{count} of {len(valid)} held-out texts are among the {whose} texts too")
     sources = {
         "data": data or "the run's validation texts", "seen_in_training": seen,
         "judge_data": judge_data or ("the run's training texts" if train else None), "seen_by_judges": known,
@@ -216,9 +216,9 @@ def tables(figures: dict[str, Any]) -> Iterator[Any]:
         yield table
     if "samples" in figures:
         table = Table("", "samples", "real texts", title="texts", caption=caption(figures))
-        samples, real = (flat(figures[column]) for column in ("samples", "real"))
+        samples, real = (with_errors(figures[column]) for column in ("samples", "real"))
         for name, value in samples.items():
-            table.add_row(name, in_words(value), in_words(real.get(name)))
+            table.add_row(name, value, real.get(name, "-"))
         yield table
     if "conditional" in figures:
         kinds = figures["conditional"]
@@ -244,6 +244,16 @@ def in_words(value: Any, form: str = "g") -> str:
     if isinstance(value, list):
         return " ".join(in_words(one, form) for one in value)
     return "-" if value is None else f"{value:{form}}"
+
+
+def with_errors(figures: dict[str, Any]) -> dict[str, str]:
+    """Figures in words, with their standard errors."""
+    known = flat(figures["standard_errors"])
+    rows = flat({name: value for name, value in figures.items() if name != "standard_errors"})
+    return {
+        name: in_words(value) + ("" if known.get(name) is None else f" +- {known[name]:.2g}")
+        for name, value in rows.items()
+    }
 
 
 def flat(figures: dict[str, Any]) -> dict[str, Any]:

@@ -39,9 +39,20 @@ class Judge(Protocol):
 
 def cross_entropy(judge: Judge, texts: Sequence[str]) -> float:
     """Nats per word and end of text. Raises UserError for no texts."""
+    return a_word(costs(judge, texts))
+
+
+def costs(judge: Judge, texts: Sequence[str]) -> list[tuple[float, int]]:
+    """Nats of each text with its end, and its words and end, counted. Raises UserError for no texts."""
     if not texts:
         raise UserError("no texts: a mean needs at least one; pass the texts to score")
-    return float(judge.nats(texts).sum() / sum(len(text.split()) + 1 for text in texts))
+    return list(zip(judge.nats(texts).tolist(), (len(text.split()) + 1 for text in texts), strict=True))
+
+
+def a_word(costs: Sequence[tuple[float, int]]) -> float:
+    """Nats per word and end of the `costs` of texts, of which there is at least one."""
+    nats, words = zip(*costs, strict=True)
+    return float(sum(nats) / sum(words))
 
 
 class NGramJudge:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import pairwise, zip_longest
 from types import ModuleType
+from typing import TypeVar
 
 import numpy as np
 
@@ -21,8 +22,10 @@ from embdiff.errors import UserError
 
 Gram = tuple[str, ...]
 Utility = Callable[[str, str], float]
+Item = TypeVar("Item")
 
 TOKENIZATIONS = ("13a", "intl", "char", "none")
+SPLITS = 20  # into halves, for a standard error
 
 
 def unigram_entropy(texts: Sequence[str]) -> float:
@@ -48,6 +51,22 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
     _check_size(n)
     grams = [gram for words in _words(texts) for gram in _grams(words, n)]
     return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def standard_error(items: Sequence[Item], figure: Callable[[list[Item]], float], seed: int = 0) -> float:
+    """How far the figure of as many others would lie: half the difference of that of two random halves, root mean
+    square over SPLITS splits. Both halves are of one size, so it serves figures too that go by the number of texts.
+
+    NaN for fewer than 4 items.
+    """
+    if len(items) < 4:
+        return math.nan
+    random, half, squares = np.random.default_rng((seed, 0x73706C74)), len(items) // 2, list[float]()
+    for _ in range(SPLITS):
+        order = random.permutation(len(items))
+        one, two = (figure([items[i] for i in part]) for part in (order[:half], order[half : 2 * half]))
+        squares.append((one - two) ** 2)
+    return math.sqrt(sum(squares) / SPLITS) / 2
 
 
 def repetition(texts: Sequence[str]) -> float:

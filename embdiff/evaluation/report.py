@@ -21,7 +21,7 @@ import numpy as np
 from embdiff.batches import encode, spread
 from embdiff.errors import UserError
 from embdiff.evaluation import metrics
-from embdiff.evaluation.judges import Judge, check_judges, cross_entropy
+from embdiff.evaluation.judges import Judge, a_word, check_judges, costs
 from embdiff.evaluation.likelihood import PASSES, TOLERANCE, Likelihood, bound, flow_bound
 from embdiff.evaluation.mauve import divergence
 from embdiff.evaluation.ngram import NGram
@@ -44,8 +44,8 @@ class Protocol:
     samples: texts to draw, the i-th from seed + i; 0 = none. steps: of sampling. mbr: candidates for each prompt of
     which the one nearest to the others is kept as well (a second set of figures); 0 = off. lowercase: before comparing
     with references. bound_texts: for the variational bound, None = all, 0 = none. levels: noise levels for each of
-    them. passes: of self-conditioning at each level, 1 = none; the flow has at most 2. flow_texts, flow_tolerance: of
-    the flow's bound. options: of the pipeline's call.
+    them. passes: of self-conditioning at each level, 1 = none, as for a model without it; the flow has at most 2.
+    flow_texts, flow_tolerance: of the flow's bound. options: of the pipeline's call.
     """
 
     samples: int = 1000
@@ -182,12 +182,26 @@ def text_figures(texts: Sequence[str], real: Sequence[str], judges: Sequence[Jud
     return own_figures(texts, judges, seed) | distances(texts, real, seed)
 
 
+# Figures that have a standard error beside them, with cross-entropies.
+COMPARED: dict[str, Callable[[Sequence[str]], float]] = {
+    "unigram_entropy": metrics.unigram_entropy,
+    "distinct_4": lambda texts: metrics.distinct_n(texts, 4),
+    "mean_words": metrics.mean_length,
+}
+
+
 def own_figures(texts: Sequence[str], judges: Sequence[Judge], seed: int = 0) -> Figures:
-    """Figures that need no other texts."""
+    """Figures that need no other texts; standard errors of those that are compared most."""
+    cost = {judge.name: costs(judge, texts) for judge in judges}
+    errors: Figures = {
+        "cross_entropy": {name: round(metrics.standard_error(each, a_word, seed), 4) for name, each in cost.items()}
+    }
+    for name, figure in COMPARED.items():
+        errors[name] = round(metrics.standard_error(texts, figure, seed), 4)
     return {
         "texts": len(texts),
         "empty": sum(not text.strip() for text in texts),
-        "cross_entropy": {judge.name: round(cross_entropy(judge, texts), 4) for judge in judges},
+        "cross_entropy": {name: round(a_word(each), 4) for name, each in cost.items()},
         "unigram_entropy": round(metrics.unigram_entropy(texts), 4),
         **{f"distinct_{n}": round(metrics.distinct_n(texts, n), 4) for n in (1, 2, 3, 4)},
         "self_bleu": round(metrics.self_bleu(texts, seed=seed), 2),
@@ -195,6 +209,7 @@ def own_figures(texts: Sequence[str], judges: Sequence[Judge], seed: int = 0) ->
         "rep_4": round(metrics.rep_n(texts, 4), 4),
         "mean_words": round(metrics.mean_length(texts), 2),
         "length_quantiles": metrics.length_quantiles(texts),
+        "standard_errors": errors,
     }
 
 
@@ -235,6 +250,7 @@ def _likelihoods(
 ) -> Figures:
     config = pipe.denoiser.config
     schedule = noise_schedule(dict(pipe.config.fitted_schedule))
+    passes = protocol.passes if pipe.denoiser.self_conditions else 1  # others would be the same
 
     def measured(count: int | None, what: str, measure: Callable[..., Likelihood], **settings: Any) -> Figures:
         chosen = list(valid) if count is None else [valid[i] for i in spread(len(valid), count)]
@@ -260,12 +276,10 @@ def _likelihoods(
 
     figures: Figures = {}
     if protocol.bound_texts != 0:
-        figures["bound"] = measured(
-            protocol.bound_texts, "bound", bound, samples=protocol.levels, passes=protocol.passes
-        )
+        figures["bound"] = measured(protocol.bound_texts, "bound", bound, samples=protocol.levels, passes=passes)
     if protocol.flow_texts:
         figures["flow"] = measured(
-            protocol.flow_texts, "flow", flow_bound, tolerance=protocol.flow_tolerance, passes=min(protocol.passes, 2)
+            protocol.flow_texts, "flow", flow_bound, tolerance=protocol.flow_tolerance, passes=min(passes, 2)
         )
     return figures
 
@@ -306,6 +320,7 @@ def _sampled(
     enough = len(others) >= len(texts)
     near = distances(some(others, len(texts), protocol.seed), known, protocol.seed) if enough else dict.fromkeys(names)
     figures["real"] |= near
+    chosen: list[str] = []
     if answers:
         figures["conditional"] = {"one sample a prompt": reference_figures(texts, answers, protocol.lowercase)}
         if protocol.mbr:
@@ -318,6 +333,8 @@ def _sampled(
         {"prompt": prompt, "text": text, "seed": protocol.seed + i}
         for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
     ]
+    for entry, text in zip(figures["texts"], chosen, strict=False):
+        entry["mbr"] = text
     return figures
 
 

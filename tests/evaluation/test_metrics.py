@@ -262,6 +262,25 @@ def test_mbr_lets_nobody_vote_for_itself():
     assert metrics.mbr([["me", "us", "us"]], vain) == ["us"]
 
 
+def some_texts(count, random):
+    return [" ".join(f"w{k}" for k in random.zipf(1.5, random.integers(3, 12)) if k < 300) for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    "figure", [metrics.mean_length, metrics.unigram_entropy, lambda texts: metrics.distinct_n(texts, 2)]
+)
+def test_a_standard_error_is_the_spread_of_other_samples(figure):
+    random = np.random.default_rng(0)
+    spread = np.std([figure(some_texts(200, random)) for _ in range(60)])
+    errors = [metrics.standard_error(some_texts(200, random), figure, seed) for seed in range(20)]
+    assert 0.7 * spread < math.sqrt(np.mean(np.square(errors))) < 1.4 * spread
+
+
+def test_a_standard_error_needs_texts_that_differ():
+    assert metrics.standard_error(["a b"] * 8, metrics.mean_length) == 0
+    assert math.isnan(metrics.standard_error(["a", "b", "c"], metrics.unigram_entropy))
+
+
 def test_mbr_without_candidates_is_a_user_error():
     assert metrics.mbr([]) == []
     with pytest.raises(UserError, match="without candidates"):

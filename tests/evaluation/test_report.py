@@ -4,8 +4,10 @@ import json
 
 import diffusers
 import pytest
+import torch
 
 from embdiff.data import Example
+from embdiff.denoiser import Denoiser
 from embdiff.errors import UserError
 from embdiff.evaluation.judges import NGramJudge, cross_entropy
 from embdiff.evaluation.report import Protocol, evaluate, reference_figures, text_figures
@@ -48,6 +50,8 @@ def test_a_report_has_every_part(pipe, pairs):
     assert set(found["samples"]) == set(found["real"])
     assert found["samples"]["texts"] == found["real"]["texts"] == 8  # one for each prompt
     assert set(found["conditional"]) == {"one sample a prompt", "mbr of 3"}
+    assert all(each["mbr"] for each in found["texts"])
+    assert set(found["samples"]["standard_errors"]) < set(found["samples"])
     assert found["conditional"]["one sample a prompt"]["references"] == 20
     assert {"embdiff", "torch", "python"} <= set(found["run"]["versions"])
     assert found["run"]["dtype"] == "float32"
@@ -111,6 +115,18 @@ def test_a_bound_is_a_word_as_well_as_a_token(pipe, pairs):
             nats = each["nats_per_token"] * each["tokens"]
             assert each["nats_per_word"] * each["words"] == pytest.approx(nats, rel=1e-3)
         assert found["bound"]["words"] == sum(len(e.text.split()) + 1 for e in pairs)
+
+
+def test_a_model_without_self_conditioning_is_looked_at_once(pipe, pairs, monkeypatch):
+    protocol = Protocol(samples=0, flow_texts=2, flow_tolerance=0.5)
+    torch.nn.init.zeros_(pipe.denoiser.embed_self_cond.weight)
+    assert not pipe.denoiser.self_conditions
+    found = evaluate(pipe, pairs, [], protocol)["likelihood"]
+    assert {each["passes"] for each in found.values()} == {1}
+    monkeypatch.setattr(Denoiser, "self_conditions", True)
+    thrice = evaluate(pipe, pairs, [], protocol)["likelihood"]
+    assert thrice["bound"]["passes"] == 3
+    assert found["bound"]["nats_per_token"] == pytest.approx(thrice["bound"]["nats_per_token"], abs=2e-4)
 
 
 @pytest.mark.parametrize(
