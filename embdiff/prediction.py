@@ -45,12 +45,12 @@ class Plan(NamedTuple):
     """What a step does while the same modules are active."""
 
     branches: list[Branch]
-    context: Context | None  # of the main prediction and all branches by the same denoiser, one after the other
+    context: Context | None  # of what runs in one batch, see `Predictor._features`
     tilts: list[Tilt]
     vetoes: list[Veto]
     demands: list[tuple[Automaton, float]]  # over the same classes, with their strengths, the weakest first
     gradients: list[Gradient]
-    follow: float  # of the demands' own gradient
+    follow: float  # of the demands' own gradient; 0 = none
 
     @property
     def automaton(self) -> Automaton | None:
@@ -161,7 +161,8 @@ class Predictor:
         """x0 [B, L, D], fp32, for latents z [B, L, D] at noise level gamma, given the previous x0; None = no step was
         taken yet."""
         plan, looked_at = self.plan(gamma), self.rows
-        main, others = self._features(z, gamma, self_cond, plan)
+        traced = self._traced(z, gamma, self_cond) if plan.follow else None
+        main, others = self._features(z, gamma, self_cond, plan, traced)
         pairs = list(zip(plan.branches, others, strict=True))
         main = combined(main, [(branch.combine, h) for branch, h in pairs if branch.space == "logits"])
         changes = self._changes(plan, self_cond)
@@ -184,11 +185,10 @@ class Predictor:
         x0, pull = self._x0(posterior, gamma), None
         scale = 1 / math.sqrt(1 + math.exp(gamma))
         pulls = [scale * g.strength * g.of(z, gamma) for g in plan.gradients]
-        if plan.follow and plan.demands:
+        if traced is not None:
+            slope = self._slope(traced, looked_at, plan, changes)
             farthest = FARTHEST * math.sqrt(z.shape[-1]) * math.exp(-gamma)
-            pulls.append(
-                limited(scale * plan.follow * self._slope(z, gamma, self_cond, looked_at, plan, changes), farthest)
-            )
+            pulls.append(ops.limited(scale * plan.follow * slope, farthest))
         if pulls:
             pull = torch.stack(pulls).sum(0)
             x0 = x0 + math.exp(gamma) * pull
@@ -349,7 +349,10 @@ class Predictor:
     def _new_plan(self, parts: list[Part]) -> Plan:
         branches = [part for part in parts if isinstance(part, Branch)]
         constraints = [part for part in parts if isinstance(part, Constraint) and part.strength > 0]
-        contexts = [self.run.context, *(b.context for b in branches if b.denoiser is None)]
+        follow = max((constraint.gradient for constraint in constraints), default=0.0)
+        contexts = [b.context for b in branches if b.denoiser is None]
+        if not follow:
+            contexts.insert(0, self.run.context)
         return Plan(
             branches,
             stacked(contexts),
@@ -357,7 +360,7 @@ class Predictor:
             [part for part in parts if isinstance(part, Veto)],
             self._demands(constraints),
             [part for part in parts if isinstance(part, Gradient) and part.strength],
-            max((constraint.gradient for constraint in constraints), default=0.0),
+            follow,
         )
 
     def _demands(self, constraints: list[Constraint]) -> list[tuple[Automaton, float]]:
@@ -379,22 +382,41 @@ class Predictor:
 
     # -------------------------------------------------------------------------------------------- its steps
 
-    def _features(self, z: Tensor, gamma: float, self_cond: Tensor | None, plan: Plan) -> tuple[Tensor, list[Tensor]]:
-        """Features of the main prediction and of each branch."""
+    def _features(
+        self, z: Tensor, gamma: float, self_cond: Tensor | None, plan: Plan, traced: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Features of the main prediction, unless `_traced` has them, and of each branch: in one batch, apart from
+        those of other denoisers."""
         nothing = torch.zeros_like(z)
         last = nothing if self_cond is None else self_cond
         own = [branch for branch in plan.branches if branch.denoiser is None]
-        given = [last, *(last if branch.self_conditioned else nothing for branch in own)]
-        rows = self.rows
-        if rows is not None:
-            rows = torch.cat([rows + k * z.shape[0] * z.shape[1] for k in range(len(given))])
-        together = predicted(self.network, torch.cat([z] * len(given)), gamma, plan.context, torch.cat(given), rows)
-        main, *shared = together.chunk(len(given))
-        ready = iter(shared)
+        given = [last if branch.self_conditioned else nothing for branch in own]
+        if traced is None:
+            given.insert(0, last)
+        ready = iter(self._together(z, gamma, plan.context, given) if given else ())
+        main = next(ready) if traced is None else traced[1].detach()
         return main, [
             next(ready) if b.denoiser is None else predicted(b.denoiser, z, gamma, b.context, last, self.rows)
             for b in plan.branches
         ]
+
+    def _together(self, z: Tensor, gamma: float, context: Context | None, given: list[Tensor]) -> Sequence[Tensor]:
+        """Features of each x0 that is given, in one batch."""
+        rows = self.rows
+        if rows is not None:
+            rows = torch.cat([rows + k * z.shape[0] * z.shape[1] for k in range(len(given))])
+        found = predicted(self.network, torch.cat([z] * len(given)), gamma, context, torch.cat(given), rows)
+        return found.chunk(len(given))
+
+    def _traced(self, z: Tensor, gamma: float, self_cond: Tensor | None) -> tuple[Tensor, Tensor]:
+        """z and features of the main prediction, with all that leads from one to the other."""
+        rows, context = self.rows, self.run.context
+        # Cloned, for what is made in inference mode has no gradient.
+        with torch.inference_mode(False), torch.enable_grad():
+            z = z.detach().clone().requires_grad_()
+            last = torch.zeros_like(z) if self_cond is None else self_cond.detach().clone()
+            context = None if context is None else Context(*(t.clone() for t in context))
+            return z, predicted(self.denoiser, z, gamma, context, last, None if rows is None else rows.clone())
 
     def _changes(self, plan: Plan, self_cond: Tensor | None) -> Changes:
         """The changes of logits in this step."""
@@ -428,9 +450,7 @@ class Predictor:
         weight, table = self.outputs[denoiser or self.denoiser].weight, self.outputs[self.denoiser].rounded
         return ops.expectation(h, weight, table, self.temperature, self.kept_ids, classes, *changes)
 
-    def _slope(
-        self, z: Tensor, gamma: float, self_cond: Tensor | None, rows: Tensor | None, plan: Plan, changes: Changes
-    ) -> Tensor:
+    def _slope(self, traced: tuple[Tensor, Tensor], rows: Tensor | None, plan: Plan, changes: Changes) -> Tensor:
         """The gradient [B, L, D] in z of log p(demands | z) through the denoiser's hidden states: what a demand that
         one position may fulfil says of the others.
 
@@ -440,25 +460,18 @@ class Predictor:
         is what `constrained` weighs, exactly.
         """
         assert plan.automaton is not None
-        D, weight = z.shape[-1], self.outputs[self.denoiser].weight
-        context = self.run.context
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-        ):  # cloned, for what is made in inference mode has no gradient
-            z = z.detach().clone().requires_grad_()
-            last = torch.zeros_like(z) if self_cond is None else self_cond.detach().clone()
-            context = None if context is None else Context(*(t.clone() for t in context))
-            h = predicted(self.denoiser, z, gamma, context, last, None if rows is None else rows.clone())
+        (z, h), weight = traced, self.outputs[self.denoiser].weight
         with torch.no_grad():
-            before = ops.expectation(h.detach(), weight, weight, 1.0, self.kept_ids, plan.automaton.classes, *changes)
+            # Without tilts, which are of the sampler and not of the model.
+            allowed = ((), changes.bans)
+            before = ops.expectation(h.detach(), weight, weight, 1.0, self.kept_ids, plan.automaton.classes, *allowed)
             before = before if rows is None else spread(before, rows, z.shape[:2])
             after = before
             for automaton, strength in plan.demands:
                 after = constrained(after, automaton, strength)
             ends = weight[self.kept_ids].float()
             change = overall(after, ends) - overall(before, ends)
-            change[..., -D:] = 0.0
+            change[..., -z.shape[-1] :] = 0.0
             change = change if rows is None else change.flatten(0, 1)[rows]
         (gradient,) = torch.autograd.grad(h, z, change.to(h.dtype))
         return gradient.float()
@@ -602,12 +615,6 @@ def overall(posterior: ops.Posterior, ends: Tensor) -> Tensor:
     """The mean [.., D] of all tokens, from that of words and the rows [K, D] of those that are kept apart."""
     mean, kept = posterior.mean, posterior.kept
     return kept @ ends + mean * (1 - kept.sum(-1, keepdim=True))
-
-
-def limited(vectors: Tensor, longest: float) -> Tensor:
-    """Vectors [.., D], none longer than that."""
-    shrink: Tensor = longest / vectors.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-    return vectors * shrink.clamp(max=1.0)
 
 
 def constrained(posterior: ops.Posterior, automaton: Automaton, strength: float) -> ops.Posterior:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from embdiff import ops
 from embdiff.denoiser import Denoiser
 from embdiff.errors import UserError
 from embdiff.guidance.base import Branch, Guidance, Part, Run
@@ -75,9 +76,7 @@ class Away(Guidance):
         """The guided mean embeddings [.., D]."""
         if self.linear:
             return self.combine(main, other)
-        change = main - other
-        limit = self.radius * main.shape[-1] ** 0.5
-        change = change * (limit / change.norm(dim=-1, keepdim=True).clamp(min=1e-6)).clamp(max=1.0)
+        change = ops.limited(main - other, self.radius * main.shape[-1] ** 0.5)
         length = main.norm(dim=-1, keepdim=True).clamp(min=1e-6)
         along = (change * main).sum(-1, keepdim=True) / length**2 * main
         guided = main + (self.scale - 1) * (change - (1 - self.parallel) * along)

@@ -27,7 +27,7 @@ class Lexical(Guidance):
     token's position: text}, exactly as it is written; a word behind the first position begins a new word, with or
     without a blank before it. strength: 0 to 1, how much `include` and `keep` guide on the way. gradient: how much the
     words around them are made to fit, by the gradient of log p(the demand | z) through the denoiser: 0 = they follow by
-    themselves; 1 = as Bayes' rule has it, for about four times the time of a step.
+    themselves; 1 = as Bayes' rule has it, for some three times the time of a step.
     """
 
     name: ClassVar[str] = "lexical"
