@@ -163,6 +163,11 @@ class Denoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """D, of the embedding space."""
         return self.space.dim
 
+    @property
+    def self_conditions(self) -> bool:
+        """Whether the last x0 says anything to the model: not where it was trained without it."""
+        return bool(self.embed_self_cond.weight.any())
+
     def forward(
         self,
         z: Tensor,

@@ -381,6 +381,12 @@ def cross_entropy(h: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return torch.cat(losses).reshape(target.shape)
 
 
+def limited(vectors: Tensor, longest: float) -> Tensor:
+    """Vectors [.., D], none longer than that."""
+    shrink: Tensor = longest / vectors.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    return vectors * shrink.clamp(max=1.0)
+
+
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(d)) v for q [B, H, L, d], k and v [B, H, S, d].
 

@@ -37,6 +37,11 @@ UNITS = {"s": 1, "m": 60, "h": 3600}
 Advance = Callable[[str, int, int], None]  # told of what, how much is done, and of how much
 
 
+def noted(text: str) -> None:
+    """A remark on stderr."""
+    print(text, file=sys.stderr)
+
+
 def seconds(text: str) -> float:
     """90, 90s, 15m or 1h30m in seconds."""
     if re.fullmatch(r"\d+(\.\d+)?", text):
@@ -143,7 +148,7 @@ def device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         instead = "cpu" if chosen == torch.device(best) else best
         loss = ": slower, and a seed gives another text than on a GPU" if instead == "cpu" else ""
-        print(f"device {name!r} can't be used here ({reason(error)}), going on on {instead}{loss}", file=sys.stderr)
+        noted(f"device {name!r} can't be used here ({reason(error)}), going on on {instead}{loss}")
         return device(instead)
     return chosen
 
@@ -162,10 +167,10 @@ def dtype(name: str, chosen: torch.device) -> torch.dtype:
         raise UserError(f"dtype {name!r} is unknown: choose auto, fp32 or bf16")
     if named not in (torch.float32, torch.bfloat16):
         instead = torch.float32 if named.itemsize > 4 else ops.fast_dtype(chosen.type)
-        print(f"dtype {name!r} is not supported: going on in {str(instead).removeprefix('torch.')}", file=sys.stderr)
+        noted(f"dtype {name!r} is not supported: going on in {str(instead).removeprefix('torch.')}")
         return instead
     if named is torch.bfloat16 and ops.fast_dtype(chosen.type) is torch.float32:
-        print(f"this {chosen.type} has no bf16 units: bf16 is emulated, and slower than --dtype fp32", file=sys.stderr)
+        noted(f"this {chosen.type} has no bf16 units: bf16 is emulated, and slower than --dtype fp32")
     return named
 
 
@@ -255,11 +260,6 @@ def json_line(value: Any) -> str:
     return json.dumps(value, ensure_ascii=not utf8, allow_nan=False)
 
 
-def noted(text: str) -> None:
-    """A remark on stderr."""
-    print(text, file=sys.stderr)
-
-
 def kinds(data: str) -> tuple[bool, bool]:
     """Whether a source may have lines of text, and tables."""
     from embdiff.data import files_in, local_path
@@ -286,8 +286,7 @@ def note_prompts(
 ) -> None:
     """Says so where a model of prompts is given texts without any: they may stand unseparated in the texts."""
     if pipe.denoiser.config.max_prompt_length and not any(example.prompt for example in examples):
-        note = f"the model takes prompts and the data has none, so it writes without; if there are any, {fix}"
-        print(note, file=sys.stderr)
+        noted(f"the model takes prompts and the data has none, so it writes without; if there are any, {fix}")
 
 
 def read_prompts(path: str) -> list[str]:

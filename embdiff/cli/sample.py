@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
@@ -25,6 +24,7 @@ from embdiff.cli.common import (
     check_temperature,
     json_line,
     load_pipeline,
+    noted,
     parsed,
     quiet,
     read_prompts,
@@ -118,7 +118,7 @@ def sample(
     if not prompted:
         say_idle(cfg_scale, modules)
     elif scale == 1 and negative_prompt is not None:
-        print("--negative-prompt has no effect at --cfg-scale 1: give a scale such as 2", file=sys.stderr)
+        noted("--negative-prompt has no effect at --cfg-scale 1: give a scale such as 2")
     as_json = as_json or (output is not None and output.suffix == ".jsonl")
 
     quiet()
@@ -169,7 +169,7 @@ def say_idle(cfg_scale: float, modules: Sequence[Guidance]) -> None:
     given = [f"--cfg-scale {cfg_scale:g}"] if cfg_scale != 1 else []
     given += [f"--guidance {m.name}" for m in modules if isinstance(m, ClassifierFreeGuidance) and m.scale != 1]
     for what in given:
-        print(f"{what} has no effect without a prompt: nothing to steer by", file=sys.stderr)
+        noted(f"{what} has no effect without a prompt: nothing to steer by")
 
 
 def whole_scale(cfg_scale: float, modules: Sequence[Guidance]) -> float:
@@ -199,9 +199,7 @@ def warn_of_long_prompts(pipe: TextDiffusionPipeline, prompts: list[str]) -> Non
     lengths = [len(ids) for ids in pipe.tokenizer(prompts, add_special_tokens=False)["input_ids"]] if prompts else []
     long = sum(n > limit for n in lengths)
     if long and limit:
-        print(
-            f"{long} of {len(prompts)} prompts are longer than {limit} tokens: only their end is used", file=sys.stderr
-        )
+        noted(f"{long} of {len(prompts)} prompts are longer than {limit} tokens: only their end is used")
 
 
 def draw(pipe: TextDiffusionPipeline, jobs: list[Job], options: dict[str, Any]) -> Iterator[tuple[Job, str, list[int]]]:
@@ -253,7 +251,7 @@ def write(records: Iterator[Record], total: int, done: int, output: Path, as_jso
                 file.flush()
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror}; continue later with --resume") from error
-    print(f"{total} samples in {output}", file=sys.stderr)
+    noted(f"{total} samples in {output}")
 
 
 def line(record: Record, as_json: bool) -> str:

@@ -163,17 +163,16 @@ class EmbeddingScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         another solver they mean something else.
         """
         if isinstance(config, Mapping):
-            listed = config.get("trained_betas")
+            listed, source = config.get("trained_betas"), config.get("_class_name")
             if "beta_schedule" in config and not same_betas(config.get("noise_schedule"), listed):
                 kwargs.setdefault("noise_schedule", schedule_of_config(config).config())
                 config = {"num_train_timesteps": config["num_train_timesteps"]}
             elif "noise_schedule" in config and listed is not None:  # added by `config`
                 config = {name: value for name, value in config.items() if name != "trained_betas"}
             elif not {"noise_schedule", "trained_betas"} & kwargs.keys() and cls._is_foreign(config):
-                source = config.get("_class_name", "this scheduler")
-                raise UserError(f"the config of {source} has no betas: name a noise_schedule")
-            source = config.get("_class_name", cls.__name__)
-            own = options_of(cls) if source in {of.__name__ for of in cls.__mro__} else options_of(EmbeddingScheduler)
+                raise UserError(f"the config of {source or 'this scheduler'} has no betas: name a noise_schedule")
+            akin = source is None or source in {of.__name__ for of in cls.__mro__}
+            own = options_of(cls if akin else EmbeddingScheduler)
             config = {name: value for name, value in config.items() if name in own or name[0] == "_"}
         return super().from_config(config, **kwargs)
 

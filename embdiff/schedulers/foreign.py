@@ -21,7 +21,7 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-from embdiff.errors import UserError
+from embdiff.errors import UserError, reason
 from embdiff.schedulers.base import EmbeddingScheduler, Generators, whole_steps
 
 
@@ -127,9 +127,9 @@ class ForeignScheduler:
             except MissedError as error:
                 missed.append(str(error))
             except Exception as error:
-                failed.append(f"{type(error).__name__} ({' '.join(str(error).split())})")
-        reason = [*missed, *failed, "it takes no prediction that x0 can be turned into"][0]
-        raise UserError(f"scheduler {self.name} can't sample from embdiff models: {reason}; take one of embdiff's")
+                failed.append(f"{type(error).__name__} ({reason(error)})")
+        cause = [*missed, *failed, "it takes no prediction that x0 can be turned into"][0]
+        raise UserError(f"scheduler {self.name} can't sample from embdiff models: {cause}; take one of embdiff's")
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Chooses the noise levels, as the wrapped scheduler does; they are read off a dry run."""
@@ -137,8 +137,7 @@ class ForeignScheduler:
         try:
             self.calls = dry_run(self.scheduler, self.convert, steps).calls
         except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"scheduler {self.name} can't take {steps} steps: {reason}") from error
+            raise UserError(f"scheduler {self.name} can't take {steps} steps: {reason(error)}") from error
         self.scheduler = _rewound(self.scheduler, steps, device)
         self.timesteps: Tensor = self.scheduler.timesteps
         self.gammas = torch.tensor([call.gamma for call in self.calls], dtype=torch.float32, device=device)
