@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from common import machine, trained
+from common import chosen, machine, trained
 
 from embdiff.batches import encode
 from embdiff.cli.common import run_config
@@ -73,9 +73,8 @@ def main(
 ) -> None:
     """Trains, measures and adds a row for each run."""
     texts = {name: [e.text for e in read_examples(str(path))] for name, path in (("train", train), ("valid", valid))}
-    rows: dict[str, Any] = json.loads(results.read_text())["runs"] if results.exists() else {}
     judge = None
-    for name in only or RUNS:
+    for name in chosen(only, RUNS):
         change = dict(RUNS[name])
         steps = round(max_steps * change.pop("steps", 1.0))
         config = TrainConfig(**{
@@ -102,8 +101,10 @@ def main(
         for n in (32, 8):
             found_at = at_entropy([p for p in drawn if p.steps == n], real.entropy)
             row[f"{n} steps"] = None if found_at is None else found_at._asdict()
-        rows[name] = row
         print(name, row, flush=True)
+        # Read anew: two processes may share the runs.
+        rows = json.loads(results.read_text())["runs"] if results.exists() else {}
+        rows[name] = row
         results.write_text(json.dumps({"real": real._asdict(), "runs": rows, "machine": machine()}, indent=1) + "\n")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -72,6 +73,15 @@ def machine() -> str:
     """The machine, as far as figures depend on it."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {device}"
+
+
+def chosen(only: Sequence[str], all_of: Iterable[str]) -> list[str]:
+    """The names that are asked for, or all there are. Raises UserError for others."""
+    known = list(all_of)
+    for name in only:
+        if name not in known:
+            raise UserError(f"--only {name!r} is unknown: choose of {', '.join(known)}")
+    return list(only) or known
 
 
 def failure(error: BaseException) -> str:

@@ -6,9 +6,10 @@
 
 TRAIN and VALID are text files, one text a line.
 
-Protocol. The three have the same blocks, tokenizer, data, batches, optimiser and learning rates (chosen for ours), and
-the same training time (or steps; an autoregressive step costs less, since it trims its batches to their longest text).
-Ours has more parameters, for its blocks are told the noise level. Each is judged on VALID by nats per word and end:
+Protocol. The three have the same blocks, tokenizer, data, optimiser and learning rates (chosen for ours), and the same
+training time (or steps). Where ours and masked diffusion look at windows, a step has as many more texts; the
+autoregressive model trims its batches to their longest text instead, so its steps cost less. Ours has more parameters,
+for its blocks are told the noise level. Each is judged on VALID by nats per word and end:
 exact for the autoregressive one, bounds for the others. Texts too long for the models are left out everywhere. Samples
 are drawn over temperatures, from the same number of seeds; a sampler's cross-entropy under the 5-gram of TRAIN is read
 off, between temperatures, at the entropy of as many real texts, with the length and the share of different 4-grams
@@ -19,6 +20,7 @@ so neither padding nor the second pass of self-conditioning.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,10 +42,12 @@ from embdiff.errors import UserError
 from embdiff.evaluation.frontier import Point, at_entropy, frontier, picture, point
 from embdiff.evaluation.judges import Judge, NGramJudge
 from embdiff.evaluation.likelihood import bound
+from embdiff.evaluation.report import versions
 from embdiff.evaluation.samples import as_written, some
 from embdiff.vocabulary import decode, fingerprint
 
 BATCH = 50
+DRAWS = 12  # noise levels, or masks, of a text
 
 
 def main(
@@ -89,7 +93,9 @@ def main(
     words = sum(len(text.split()) + 1 for text in known)
     rate = matrix_rate(ops.fast_dtype(place.type), place)
     figures: dict[str, Any] = {
-        "samples": samples, "real": point(judge, real)._asdict(), "matrix_rate": rate, "models": {},
+        "samples": samples, "seeds": f"0 to {samples - 1}", "temperatures": temperature, "max_length": max_length,
+        "judge": judge.name, "versions": versions(),
+        "real": point(judge, real)._asdict(), "matrix_rate": rate, "models": {},
     }  # fmt: skip
     points = list[Point]()
     for name, folder in folders.items():
@@ -98,8 +104,9 @@ def main(
             facts = training_facts(folder, model)
             # Of the others, which may be finished.
             check_alike(facts, run_config(folders["masked"]) or config, run_config(folders["autoregressive"]) or config)
-            found = bound(pipe.denoiser, texts, pipe.scheduler.noise_schedule)
-            nats, noise = found.nats_per_token * found.tokens, found.noise_error * found.tokens
+            found = bound(pipe.denoiser, texts, pipe.scheduler.noise_schedule, samples=DRAWS)
+            nats = found.nats_per_token * found.tokens
+            noise: float | None = found.noise_error * found.tokens
             drawn = frontier(
                 pipe, judge, [None] * samples, solvers=solver, steps=steps, temperatures=temperature, report=told
             )
@@ -107,7 +114,7 @@ def main(
             model, its_tokenizer = baselines.load(folder)
             if fingerprint(its_tokenizer) != fingerprint(pipe.tokenizer):
                 raise UserError(f"{folder} has another vocabulary than {folders['ce']}: train both on the same texts")
-            nats, noise = baseline_nats(model.to(place).eval(), texts), None
+            nats, noise = baseline_nats(model.to(place).eval(), texts)
             facts = training_facts(folder, model)
             counts = steps if name == "masked" else [max_length]
             drawn = [
@@ -175,15 +182,20 @@ def told(found: Point) -> None:
     print(*(f"{value:.4g}" if isinstance(value, float) else value for value in found), flush=True)
 
 
-def baseline_nats(model: Any, texts: Encoded) -> float:
-    """Nats of all texts together."""
-    total, generator = 0.0, torch.Generator().manual_seed(0)
+@torch.no_grad()
+def baseline_nats(model: Any, texts: Encoded) -> tuple[float, float | None]:
+    """Nats of all texts together, and how far other random numbers would move a bound: None of what is exact."""
+    total, squares, generator = 0.0, 0.0, torch.Generator().manual_seed(0)
+    bounded = hasattr(model, "bound")
     for start in range(0, len(texts), BATCH):
         batch = texts.batch(range(start, min(start + BATCH, len(texts)))).to(model.device)
-        with torch.no_grad():
-            nats = model.bound(batch, generator, 12) if hasattr(model, "bound") else -model.log_probs(batch).sum(1)
-        total += float(nats.double().sum())
-    return total
+        if bounded:
+            one, two = (model.bound(batch, generator, DRAWS // 2).double() for _ in range(2))
+            nats, squares = (one + two) / 2, squares + float((one - two).square().sum())
+        else:
+            nats = -model.log_probs(batch).double().sum(1)
+        total += float(nats.sum())
+    return total, math.sqrt(squares) / 2 if bounded else None
 
 
 def baseline_point(
