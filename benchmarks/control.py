@@ -25,7 +25,8 @@ The strength is the smallest that reaches 92 %, else the best, on texts of other
 
 Toxicity: judged by a scorer trained on other data than the guide, both kinds of text counting alike, and by the
 lexicon; no text is printed or kept. The strength is the smallest that lowers the share of toxic texts by 80 %, else the
-largest with all fluencies within 10 %, else the smallest, together with the lexicon and on texts of other seeds.
+largest with all fluencies within 10 % and variety within 5 %, else the smallest, together with the lexicon and on texts
+of other seeds.
 Prompts are first words of lines, without a word of the lexicon; the negative prompt is the beginning that most more
 toxic lines have than neutral ones.
 """
@@ -67,7 +68,7 @@ from embdiff.pipeline import TextDiffusionPipeline
 app = typer.Typer(add_completion=False)
 FRIENDLY = "family friendly"
 WORDS = 12  # of a text, where its length is given
-EXPRESSED, FALL, FLUENT = 0.92, 0.8, 1.1  # what the strength is chosen by
+EXPRESSED, FALL, FLUENT, VARIED = 0.92, 0.8, 1.1, 0.95  # what the strength is chosen by
 UNGUIDED, CHOOSING = 10**6, 2 * 10**6  # first seeds; guided texts have those from 0 on
 COSTS = {"length": 1.1, "lexical": 1.1, "lexicon": 1.1, "classifier": 1.3, "cfg": 1.7}  # at most, where any is asked
 
@@ -272,10 +273,11 @@ def costs(
     compile: bool = typer.Option(False, help="Whether the denoiser is compiled, on both sides."),
     results: Path = typer.Option(Path("benchmarks/results/control_costs.json"), help="Where the figures go."),
 ) -> None:
-    """What a run costs with a module, and with the same module outside its interval, over one without.
+    """What a step costs with a module, or with the same outside its interval, over one without; and what a run does.
 
-    MODEL has the classifier that `e2e` trained. What a module prepares before the first step counts too, and what is
-    exact is looked after in the last rounding all the same, so outside its interval it still costs that.
+    MODEL has the classifier that `e2e` trained. In a run, what a module prepares before the first step counts too, and
+    what is exact is looked after in the last rounding all the same. The cost of steps is of those that twice as many
+    have more.
     """
     quiet()
     pipe, other = (load_pipeline(str(folder), "auto", "auto", compile) for folder in (model, prompted))
@@ -298,12 +300,15 @@ def costs(
         "cfg in x0": (other, one(ClassifierFreeGuidance(2.0, "x0"), prompt=source)),
         "cfg in logits": (other, one(ClassifierFreeGuidance(2.0, "logits"), prompt=source)),
     }
-    figures: dict[str, Any] = {"steps": steps, "compile": compile, "rounds": rounds, "costs": {}, "outside": {}}
+    figures: dict[str, Any] = {"steps": steps, "compile": compile, "rounds": rounds, "modules": {}}
     for name, (model_pipe, trials) in timed.items():
-        asked = next((most for what, most in COSTS.items() if name.startswith(what)), None)
-        figures["costs"][name] = cost(model_pipe, trials, Sampling(steps), rounds)._asdict() | {"asked": asked}
         beyond = [control.outside(trial) for trial in trials]
-        figures["outside"][name] = cost(model_pipe, beyond, Sampling(steps), rounds)._asdict()
+        figures["modules"][name] = {
+            "asked": next((most for what, most in COSTS.items() if name.startswith(what)), None),
+            "step": cost(model_pipe, trials, Sampling(steps), rounds, of_steps=True)._asdict(),
+            "run": cost(model_pipe, trials, Sampling(steps), rounds)._asdict(),
+            "outside": cost(model_pipe, beyond, Sampling(steps), rounds, of_steps=True)._asdict(),
+        }
         write(results, rounded(figures))
 
 
@@ -336,12 +341,15 @@ def ready_judges(specs: Sequence[str], pipe: TextDiffusionPipeline, train: Seque
 
 
 def strongest_needed(rows: Mapping[float, Mapping[str, Any]], before: float) -> float:
-    """The smallest strength that lowers the share of toxic texts by FALL; else the largest whose texts are as fluent as
-    unguided ones, within FLUENT; else the smallest."""
+    """The smallest strength that lowers the share of toxic texts by FALL; else the largest whose texts are as fluent
+    and varied as unguided ones, within FLUENT and VARIED; else the smallest."""
+
+    def good(row: Mapping[str, Any]) -> bool:
+        fluent = all(row["fluency"][j] <= FLUENT * row["plain_fluency"][j] for j in row["fluency"])
+        return fluent and all(row[name] >= VARIED * row[f"plain_{name}"] for name in ("distinct_4", "entropy"))
+
     fallen = [s for s, row in rows.items() if row["toxic"] <= (1 - FALL) * before]
-    fluent = [s for s, row in rows.items() if all(row["fluency"][j] <= FLUENT * row["plain_fluency"][j]
-                                                  for j in row["fluency"])]  # fmt: skip
-    return min(fallen) if fallen else max(fluent, default=min(rows))
+    return min(fallen) if fallen else max((s for s, row in rows.items() if good(row)), default=min(rows))
 
 
 def following(trials: Sequence[Trial]) -> list[Trial]:

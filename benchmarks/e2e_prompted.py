@@ -11,7 +11,7 @@ at 32 steps; the test set's 630 meanings see the chosen ones only, and no guidan
 its seed the meaning's number. So it is done twice: from the prompt alone, and with the values of name and near as
 lexical demands too; these are the slots that the challenge's baseline replaces by placeholders (delexicalisation). BLEU
 is sacrebleu's corpus BLEU, lower-cased, 13a tokenisation, without smoothing, as the challenge's own script does;
-samples are detokenised first.
+samples (and validation texts, which are only there as tokens) are detokenised first.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from embdiff.batches import spread
 from embdiff.cli.common import seconds, set_scheduler
 from embdiff.config import TrainConfig
 from embdiff.evaluation.control import realised, slots
-from embdiff.evaluation.e2e import corpus_bleu, meaning_to_source, read_e2e_references
+from embdiff.evaluation.e2e import corpus_bleu, detokenize, meaning_to_source, read_e2e_references
 from embdiff.evaluation.samples import draw
 from embdiff.guidance import ClassifierFreeGuidance, Guidance, Lexical
 from embdiff.pipeline import TextDiffusionPipeline
@@ -58,6 +58,7 @@ def main(
     max_steps: int | None = typer.Option(None, help="Training steps, instead of a time."),
     size: str = typer.Option("mini", help="Model size."),
     batch_size: int = typer.Option(64, help="Texts of 64 positions a step."),
+    dim: int | None = typer.Option(None, help="Dimensions of the embeddings; the size's by default."),
     solver: str | None = typer.Option(None, help="By default the model's own scheduler."),
     dtype: str = typer.Option("auto", help="Of sampling: fp32, bf16, or auto: the faster one."),
     meanings: int = typer.Option(300, help="Validation meanings to choose by."),
@@ -74,8 +75,8 @@ def main(
         pairs.write_text("\n".join(exchanged(lines, exchange)), "utf-8")
     config = TrainConfig(
         data=str(pairs), validation=str(data / "src1_valid.txt"), separator="||",
-        tokenizer="word", min_count=11, size=size, max_length=64, batch_size=batch_size, infill=0.0, window=0.9,
-        save_every=200, max_steps=max_steps, max_time=None if max_steps else seconds(max_time),
+        tokenizer="word", min_count=11, size=size, dim=dim, max_length=64, batch_size=batch_size, infill=0.0,
+        window=0.9, save_every=200, max_steps=max_steps, max_time=None if max_steps else seconds(max_time),
     )  # fmt: skip
     pipe = trained(output, config, dtype, ship)
     pipe.compile = False  # batches have all sizes
@@ -130,7 +131,7 @@ def validation_cases(path: Path, count: int) -> Cases:
     texts: dict[str, list[str]] = defaultdict(list)
     for line in path.read_text(encoding="utf-8").splitlines():
         source, text = line.split("||")
-        texts[source].append(text)
+        texts[source].append(detokenize(text))
     cases = list(texts.items())
     return [cases[i] for i in spread(len(cases), count)]
 

@@ -3,31 +3,34 @@
     python benchmarks/quality.py TRAIN VALID --output runs/quality --max-time 15m
     python benchmarks/quality.py TRAIN VALID --output runs/quality --max-steps 3900      or so many steps
     python benchmarks/quality.py TRAIN VALID --output runs/quality                      again: goes on, or measures
+    python benchmarks/quality.py TRAIN VALID --output runs/quality --only ce            anew, beside the others' figures
 
 TRAIN and VALID are text files, one text a line.
 
 Protocol. The three have the same blocks, tokenizer, data, optimiser and learning rates (chosen for ours), and the same
-training time (or steps). Where ours and masked diffusion look at windows, a step has as many more texts; the
-autoregressive model trims its batches to their longest text instead, so its steps cost less. Ours has more parameters,
-for its blocks are told the noise level. Each is judged on VALID by nats per word and end:
-exact for the autoregressive one, bounds for the others. Texts too long for the models are left out everywhere. Samples
-are drawn over temperatures, from the same number of seeds; a sampler's cross-entropy under the 5-gram of TRAIN is read
-off, between temperatures, at the entropy of as many real texts, with the length and the share of different 4-grams
-there. Ours is drawn by the solvers named, as `embdiff frontier` draws them; the temperature of masked diffusion leaves
-the end of text and padding alone, as that of ours does. MFU counts 6 operations for each parameter and text token, and
-so neither padding nor the second pass of self-conditioning.
+training time (or steps), but that the autoregressive one may stop before it has learned TRAIN by heart. Where ours and
+masked diffusion look at windows, a step has as many more texts; the autoregressive model trims its batches to their
+longest text instead, so its steps cost less. Ours has more parameters, for its blocks are told the noise level. Each is
+judged on VALID by nats per word and end: exact for the autoregressive one, bounds for the others. Texts too long for
+the models are left out everywhere. Samples are drawn over temperatures, from the same number of seeds; a sampler's
+cross-entropy under the 5-gram of TRAIN is read off, between temperatures, at the entropy of as many real texts, with
+the length and the share of different 4-grams there. Ours is drawn by the solvers named, as `embdiff frontier` draws
+them; the temperature of masked diffusion leaves the end of text and padding alone, as that of ours does. MFU counts 6
+operations for each parameter and text token, and so neither padding nor the second pass of self-conditioning.
 """
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import typer
-from common import finish, generators, keep, training_facts
+from common import chosen, finish, generators, keep, training_facts
 from peers import matrix_rate
 from rich.console import Console
 from rich.table import Table
@@ -48,6 +51,7 @@ from embdiff.vocabulary import decode, fingerprint
 
 BATCH = 50
 DRAWS = 12  # noise levels, or masks, of a text
+BASELINES = ("masked", "autoregressive")
 
 
 def main(
@@ -64,11 +68,13 @@ def main(
     window: float = typer.Option(
         0.9, help="Share of steps that look at windows; the autoregressive model cuts its own."
     ),
+    autoregressive_time: str | None = typer.Option(None, help="Training time of the autoregressive model, if shorter."),
     ours: Path | None = typer.Option(None, help="Our model, where it is trained already, in the same budget."),
     steps: list[int] = typer.Option([8, 16, 32], help="Sampling steps."),
     solver: list[str] = typer.Option(["unipc"], help="Of ours."),
     temperature: list[float] = typer.Option([0.5, 0.65, 0.8, 0.9, 1.0, 1.2], help="Temperatures."),
     samples: int = typer.Option(400, help="Texts for each point."),
+    only: list[str] = typer.Option([], help="ce (ours), masked, autoregressive: figures of the others stay."),
     device: str = typer.Option("auto", help="Of what is measured, and of the rate behind MFU: that of training."),
     results: Path = typer.Option(Path("benchmarks/results/quality.json"), help="Where the figures go."),
 ) -> None:
@@ -78,11 +84,15 @@ def main(
         batch_size=batch_size, max_length=max_length, on_long="drop", infill=0.0, window=window, save_every=200,
         max_steps=max_steps, max_time=None if max_steps else seconds(max_time),
     )  # fmt: skip
-    folders = {name: output / name for name in ("ce", "masked", "autoregressive")}
+    folders = {name: output / name for name in ("ce", *BASELINES)}
     if ours is not None:
         folders["ce"] = ours
-    for name, folder in folders.items():
-        finish(folder, replace(config, objective=name))
+    measured = chosen(only, folders)
+    for name in measured:
+        own = replace(config, objective=name)
+        if name == "autoregressive" and autoregressive_time is not None:
+            own = replace(own, max_steps=None, max_time=seconds(autoregressive_time))
+        finish(folders[name], own)
     place = device_of(device)
     pipe = load_pipeline(str(folders["ce"]), device)
     known, others = (
@@ -97,8 +107,9 @@ def main(
         "judge": judge.name, "versions": versions(),
         "real": point(judge, real)._asdict(), "matrix_rate": rate, "models": {},
     }  # fmt: skip
-    points = list[Point]()
-    for name, folder in folders.items():
+    figures["models"], points = others_figures(results, figures, measured)
+    for name in measured:
+        folder = folders[name]
         if name == "ce":
             model: torch.nn.Module = pipe.denoiser
             facts = training_facts(folder, model)
@@ -140,9 +151,21 @@ def main(
     Console().print(table(figures))
 
 
+def others_figures(
+    results: Path, figures: dict[str, Any], measured: Sequence[str]
+) -> tuple[dict[str, Any], list[Point]]:
+    """What the file has of the models that are not measured now, if it is of the same texts."""
+    known = json.loads(results.read_text()) if results.exists() else {}
+    if any(known.get(name) != figures[name] for name in ("samples", "real")):
+        return {}, []
+    models = {name: found for name, found in known["models"].items() if name not in measured}
+    points = [Point(**found) for found in known["points"]]
+    return models, [found for found in points if (found.solver if found.solver in BASELINES else "ce") in models]
+
+
 def check_alike(facts: dict[str, Any], config: TrainConfig, other: TrainConfig) -> None:
     """Refuses models of other data, sizes and batches, and ours if its budget was another."""
-    if replace(other, objective=config.objective) != config:
+    if replace(other, objective=config.objective, max_time=config.max_time, max_steps=config.max_steps) != config:
         raise UserError("the runs of the two baselines have different options: train both anew, in another folder")
     texts = len(read_examples(str(config.data)))
     for name, value in (("size", config.size), ("batch_size", config.batch_size), ("texts", texts)):

@@ -9,21 +9,34 @@ features; the token posterior, with tilts; branches combined as means; constrain
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from embdiff import ops
 from embdiff.compilation import Forward, versions
 from embdiff.denoiser import Context, Denoiser
 from embdiff.errors import UserError
 from embdiff.guidance.automaton import Automaton, Shares, aligned
-from embdiff.guidance.base import Branch, Combine, Constraint, Gradient, Guidance, Part, Run, Tilt, Veto, Words
+from embdiff.guidance.base import (
+    Branch,
+    Combine,
+    Constraint,
+    Gradient,
+    Guidance,
+    Part,
+    Run,
+    Tilt,
+    Veto,
+    Words,
+    check_differentiable,
+)
 from embdiff.transitions import Transitions
 
 FARTHEST = 0.3  # of an embedding's length: gradients of constraints, which are of first order, move x0 no farther
@@ -350,6 +363,8 @@ class Predictor:
         branches = [part for part in parts if isinstance(part, Branch)]
         constraints = [part for part in parts if isinstance(part, Constraint) and part.strength > 0]
         follow = max((constraint.gradient for constraint in constraints), default=0.0)
+        if follow:
+            check_differentiable(self.denoiser, "the denoiser")
         contexts = [b.context for b in branches if b.denoiser is None]
         if not follow:
             contexts.insert(0, self.run.context)
@@ -412,7 +427,7 @@ class Predictor:
         """z and features of the main prediction, with all that leads from one to the other."""
         rows, context = self.rows, self.run.context
         # Cloned, for what is made in inference mode has no gradient.
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), evaluating(self.denoiser):
             z = z.detach().clone().requires_grad_()
             last = torch.zeros_like(z) if self_cond is None else self_cond.detach().clone()
             context = None if context is None else Context(*(t.clone() for t in context))
@@ -547,6 +562,17 @@ def spread(posterior: ops.Posterior, rows: Tensor, shape: Sequence[int]) -> ops.
         return ops.Posterior(whole(posterior.mean, 0.0), kept)
     share = whole(posterior.share, 1 / posterior.share.shape[-1])
     return ops.Posterior(whole(posterior.mean, 0.0), kept, share, whole(posterior.each, 0.0))
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Here it is in evaluation mode: where gradients are taken, dropout would act."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
 
 
 def stacked(contexts: Sequence[Context | None]) -> Context | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -30,7 +31,7 @@ from embdiff.evaluation.samples import outputs
 from embdiff.evaluation.scorer import Scorer
 from embdiff.guidance import ClassifierGuidance, Guidance, Length, Lexical
 from embdiff.guidance.language import Sentences
-from embdiff.guidance.lexical import matcher
+from embdiff.guidance.lexical import check_spelling, matcher
 
 if TYPE_CHECKING:
     from embdiff.pipeline import TextDiffusionPipeline
@@ -60,7 +61,7 @@ class Outcome(NamedTuple):
     """Of all trials of a control. Shares are of texts; fluency is nats a word and end, by judge.
 
     success: texts that have what was asked for; by_chance: unguided texts that have it. ended: texts that end with a
-    sentence. plain_fluency: of unguided texts of the same lengths; distinct_4, entropy: of as many texts.
+    sentence. plain_fluency: of unguided texts of the same lengths; distinct_4, entropy: of as many, of these lengths.
     """
 
     control: str
@@ -178,7 +179,9 @@ def outcome(
     success = sum(sum(map(trial.check, part)) for trial, part in zip(trials, drawn, strict=True)) / len(texts)
     chance = statistics.fmean(share(trial.check, plain) for trial in trials)
     fewest = min(len(texts), len(plain))
-    guided_part, plain_part = (metrics_of(part, fewest) for part in (texts, plain_texts))
+    order = np.random.default_rng(0).permutation(len(texts))[:fewest]
+    some = [texts[i] for i in order]
+    guided_part, plain_part = variety(some), variety(of_lengths(plain_texts, some))
     return Outcome(
         control, len(texts), success, chance, ended(texts),
         {judge.name: cross_entropy(judge, texts) for judge in judges},
@@ -192,11 +195,23 @@ def share(check: Check, samples: Sequence[Sample]) -> float:
     return sum(map(check, samples)) / len(samples)
 
 
-def metrics_of(texts: Sequence[str], count: int) -> tuple[float, float]:
-    """Distinct 4-grams and entropy of the first `count` texts in a random order, for both depend on how many."""
-    order = np.random.default_rng(0).permutation(len(texts))[:count]
-    chosen = [texts[i] for i in order]
-    return metrics.distinct_n(chosen, 4), metrics.unigram_entropy(chosen)
+def variety(texts: Sequence[str]) -> tuple[float, float]:
+    """Distinct 4-grams and entropy, which both depend on how many texts there are, and how long they are."""
+    return metrics.distinct_n(texts, 4), metrics.unigram_entropy(texts)
+
+
+def of_lengths(plain: Sequence[str], like: Sequence[str]) -> list[str]:
+    """For each text of `like` one of `plain`, none twice: of those that are left, the nearest to it in words."""
+    left = sorted(plain, key=lambda text: len(text.split()))
+    lengths = [len(text.split()) for text in left]
+    found = []
+    for wanted in (len(text.split()) for text in like):
+        i = bisect_left(lengths, wanted)
+        if i == len(left) or (i > 0 and wanted - lengths[i - 1] < lengths[i] - wanted):
+            i -= 1
+        del lengths[i]
+        found.append(left.pop(i))
+    return found
 
 
 def ended(texts: Sequence[str]) -> float:
@@ -301,9 +316,17 @@ def free_of(phrases: Sequence[str]) -> Check:
 
 
 def known_words(pipe: TextDiffusionPipeline) -> Callable[[str], bool]:
-    """Whether the model's tokenizer can spell a word."""
+    """Whether the model's tokenizer can spell a word as it is, and wherever it may come to stand."""
     tokenizer = pipe.tokenizer
-    return cache(lambda word: tokenizer.unk_token_id not in vocabulary.tokens(tokenizer, word))
+
+    def known(word: str) -> bool:
+        try:
+            check_spelling(tokenizer, word)
+        except UserError:
+            return False
+        return tokenizer.unk_token_id not in vocabulary.tokens(tokenizer, word)
+
+    return cache(known)
 
 
 def label_trials(
@@ -342,23 +365,30 @@ class Cost(NamedTuple):
     high: float
 
 
-def cost(pipe: TextDiffusionPipeline, trials: Sequence[Trial], sampling: Sampling, rounds: int = 5) -> Cost:
+def cost(
+    pipe: TextDiffusionPipeline, trials: Sequence[Trial], sampling: Sampling, rounds: int = 5, of_steps: bool = False
+) -> Cost:
     """What the middle one of the trials costs. Guided and unguided runs take turns, after a round to warm up.
 
     Both sides compute all positions: where padding is skipped, shorter texts would be cheaper, guided or not.
+    of_steps: not of runs, but of the steps that a run of twice as many has more, so that what is done once is left out.
     """
     trial = trials[len(trials) // 2]
     whole = replace(sampling, options=sampling.options | {"skip_padding": False})
 
-    def seconds(modules: Sequence[Guidance]) -> float:
+    def seconds(modules: Sequence[Guidance], runs: Sampling = whole) -> float:
         start = time.perf_counter()
-        whole.draw(pipe, [trial.prompt] * whole.batch_size, 0, *modules)
+        runs.draw(pipe, [trial.prompt] * runs.batch_size, 0, *modules)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
+    def further(modules: Sequence[Guidance]) -> float:
+        return seconds(modules, replace(whole, steps=2 * whole.steps)) - seconds(modules)
+
+    timed = further if of_steps else seconds
     with settled(pipe):
-        ratios = [seconds(trial.guidance) / seconds(()) for _ in range(rounds + 1)]
+        ratios = [timed(trial.guidance) / timed(()) for _ in range(rounds + 1)]
     low, ratio, high = np.quantile(ratios[1:], (0.25, 0.5, 0.75)).tolist()
     return Cost(ratio, low, high)
 

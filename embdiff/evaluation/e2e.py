@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from embdiff.errors import UserError
@@ -117,9 +117,9 @@ def corpus_bleu(
     """BLEU-4 of `hypotheses` against one or more references each, from 0 to 100; see `metrics.corpus_bleu`.
 
     The defaults are those of the E2E challenge's script (e2e-metrics runs mteval-v13a): its
-    tokenisation, case ignored. Both sides may be written or tokenised text: "13a" detokenizes them
-    and leaves the cutting to mteval's rules, under which kid-friendly is one token; "e2e" scores the
-    tokens of `tokenize`, where it is three.
+    tokenisation, case ignored. Hypotheses may be written or tokenised text. "13a" detokenizes them,
+    takes references as they are, and leaves the cutting to mteval's rules, under which kid-friendly
+    is one token; "e2e" scores the tokens of `tokenize` on both sides, where it is three.
 
     Raises UserError for no hypotheses, another number of reference lists, an empty one, an unknown
     tokenisation, or sacrebleu not installed.
@@ -127,14 +127,17 @@ def corpus_bleu(
     if tokenize not in _FORMS:
         raise UserError(f"tokenize={tokenize!r}: not a tokenisation; pass one of {', '.join(_FORMS)}")
     metrics.check_references(hypotheses, references)
-    form, scheme = _FORMS[tokenize]
+    form, of_references, scheme = _FORMS[tokenize]
     return metrics.corpus_bleu(
         [form(text) for text in hypotheses],
-        [[form(text) for text in texts] for texts in references],
+        [[of_references(text) for text in texts] for texts in references],
         lowercase=lowercase,
         tokenize=scheme,
     )
 
 
-# By tokenisation: what is done to the texts, and what sacrebleu does next.
-_FORMS = {"13a": (detokenize, "13a"), "e2e": (tokenize, "none")}
+# By tokenisation: what is done to hypotheses and to references, and what sacrebleu does next.
+_FORMS: dict[str, tuple[Callable[[str], str], Callable[[str], str], str]] = {
+    "13a": (detokenize, str, "13a"),
+    "e2e": (tokenize, tokenize, "none"),
+}

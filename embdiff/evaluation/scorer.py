@@ -71,7 +71,7 @@ class Scorer:
 
     def _logits(self, features: Sequence[list[int]]) -> Tensor:
         sizes = [0, *(len(f) for f in features[:-1])]
-        # Each text as a mean: long ones must not be surer than short ones.
+        # By the root of their number, as noise grows: long texts are surer than short ones, but not in proportion.
         scale = torch.tensor([[len(f) ** -0.5] for f in features])
         together = torch.tensor([i for f in features for i in f])
         logits: Tensor = self.weight(together, torch.tensor(sizes).cumsum(0)) * scale

@@ -23,7 +23,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from embdiff import vocabulary
 from embdiff.batches import Prompts
@@ -164,6 +164,16 @@ def check_demand(name: str, strength: float, gradient: float) -> None:
         raise UserError(
             f"gradient {gradient} of {name} is out of range: give 0 (off) to 100, 1 is as Bayes' rule has it"
         )
+    if gradient and not strength:
+        raise UserError(
+            f"gradient {gradient} of {name} at strength 0 does nothing: raise it, or leave the gradient out"
+        )
+
+
+def check_differentiable(module: nn.Module, called: str) -> None:
+    """Refuses a module that has no gradients."""
+    if any(weight.is_inference() for weight in module.parameters()):
+        raise UserError(f"{called} was loaded in torch.inference_mode, so it has no gradients: load it outside")
 
 
 @dataclass(frozen=True)

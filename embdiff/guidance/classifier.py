@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from embdiff.denoiser import Block, Condition, GammaCondition, through_blocks
 from embdiff.errors import UserError
-from embdiff.guidance.base import Gradient, Guidance, Part, Run
+from embdiff.guidance.base import Gradient, Guidance, Part, Run, check_differentiable
 from embdiff.space import EmbeddingSpace
 
 SKETCH = 64  # embeddings that tell one space from another
@@ -121,6 +121,7 @@ def classifier_of(run: Run, name: str) -> NoisyClassifier:
         raise UserError(f"the model has no classifier {name!r} ({known}): train one with embdiff train-classifier")
     found: NoisyClassifier = run.classifiers[name]
     found.check_space(name, run.denoiser.space)
+    check_differentiable(found, f"classifier {name!r}")
     with torch.inference_mode(False):  # its gradient is to be taken, whoever calls
         return cast(NoisyClassifier, found.to(run.device).eval())
 

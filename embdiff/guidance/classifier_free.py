@@ -123,6 +123,11 @@ class Autoguidance(Away):
         if self.scale == 1.0:
             return
         weaker = None if self.model is None else weaker_denoiser(self.model, run)
+        if weaker is None and not run.denoiser.self_conditions:
+            raise UserError(
+                "autoguidance takes the model without self-conditioning, and this one was trained without: name a "
+                "weaker version with model=FOLDER"
+            )
         context = run.context
         if weaker is not None and run.prompts is not None:
             context = run.encode(run.prompts, weaker)

@@ -103,19 +103,22 @@ class CharacterCount(TokenCount):
 
 @dataclass(frozen=True)
 class WordCount(TokenCount):
-    """Texts of so many words, as `str.split` finds them."""
+    """Texts of so many words, as `str.split` finds them. Tokens that are a part of a character are left out: several
+    may spell a blank."""
 
     start: State = (0, False)  # words so far, whether the last character is one of a word
 
     def symbol(self, text: str, token: int = -1) -> Symbol:
         """Whether it begins within a word, the words that begin after a blank, and whether it ends within a word."""
+        if PART in text:
+            return None
         inside = [not c.isspace() for c in text]
         starts = sum(now and not before for before, now in pairwise(inside))
-        return (inside[0], starts, inside[-1]) if inside else None
+        return (inside[0], starts, inside[-1]) if inside else ()
 
     def step(self, state: State, symbol: Symbol) -> State | None:
-        if symbol is None:
-            return state
+        if not symbol:
+            return None if symbol is None else state
         (words, within), (first, starts, last) = state, symbol
         words += starts + (first and not within)
         return (words, last) if words <= self.most else None
@@ -152,7 +155,7 @@ class Phrases:
     """
 
     def __init__(self, phrases: Sequence[str], ordered: bool = False) -> None:
-        self.phrases = [" ".join(phrase.casefold().split()) for phrase in phrases]
+        self.phrases = [" ".join(one_case(phrase).split()) for phrase in phrases]
         self.ordered = ordered
         self.known = {c for phrase in self.phrases for c in phrase}
         self.words = {word for phrase in self.phrases for word in re.findall(r"\w+", phrase)}
@@ -162,8 +165,8 @@ class Phrases:
     def symbol(self, text: str, token: int = -1) -> Symbol:
         """The text, with all as one that no phrase has: letters that are no part of a phrase's words, other marks, and
         blanks in a row."""
-        plain = []
-        for run in re.finditer(r"\w+|\s+|.", text.casefold(), re.DOTALL):
+        plain, text = [], one_case(text)
+        for run in re.finditer(r"\w+|\s+|.", text, re.DOTALL):
             found, inside = run[0], (run.start() > 0, run.end() < len(text))
             if found[0].isspace():
                 plain.append(" ")
@@ -233,6 +236,11 @@ class Kept:
 
     def accepts(self, state: State, sample: int) -> bool:
         return bool(state > max(self.tokens))
+
+
+def one_case(text: str) -> str:
+    """The text in one case of letters, as `re.IGNORECASE` compares them: each stays one character, so `ß` is no ss."""
+    return "".join(next(form for form in (c.casefold(), c.lower(), c) if len(form) == 1) for c in text)
 
 
 def is_word(c: str) -> bool:

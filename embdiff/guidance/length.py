@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import index
 from typing import Any, ClassVar
 
 from embdiff import vocabulary
@@ -100,7 +101,7 @@ def span_of(name: str, count: object) -> Span:
         raise UserError(f"{name} {count} is negative: give a number from 0 on, or '{count}' for at most so many")
     try:
         if isinstance(count, tuple):
-            low, high = (int(end) for end in count)
+            low, high = map(index, count)
         else:
             text = str(count).strip()
             start, dash, end = text.partition("-")
@@ -110,6 +111,8 @@ def span_of(name: str, count: object) -> Span:
                 raise ValueError
     except (TypeError, ValueError):
         raise UserError(f"{name} {count!r} is no length: give a number as 12, or a range as 8-12, 8- or -12") from None
-    if not 0 <= low <= high:
+    if low < 0:
+        raise UserError(f"{name} {count!r} is negative: give numbers from 0 on")
+    if low > high:
         raise UserError(f"{name} {count!r} is an empty range: the first number must not be above the second")
     return Span(low, high)

@@ -16,7 +16,7 @@ from torch import Tensor
 from embdiff import vocabulary
 from embdiff.errors import UserError
 from embdiff.guidance.base import Constraint, Guidance, Part, Run, Tilt, Veto, check_demand
-from embdiff.guidance.language import PART, Kept, Phrases, is_word
+from embdiff.guidance.language import PART, Kept, Phrases, is_word, one_case
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class Lexical(Guidance):
             object.__setattr__(self, name, tuple(phrases))
         if not (self.include or self.exclude or self.keep):
             raise UserError("lexical without words: give include, exclude or keep, as in lexical:include=cheap pub")
+        if self.gradient and not (self.include or self.keep):
+            raise UserError(f"gradient {self.gradient} is of what must appear: give include or keep, or leave it out")
         banned = matcher(self.exclude)
         for phrase in (*self.include, *self.keep.values()):
             if banned is not None and (found := banned.search(phrase)):
@@ -167,7 +169,7 @@ def check_spelling(tokenizer: Any, phrase: str, exactly: bool = False) -> None:
 
     if unknown := [word for word in phrase.split() if not known(word)]:
         raise UserError(f"the model's vocabulary has no {' '.join(unknown)!r}: ask for words it has seen")
-    if not exactly and (apart := sorted(set(phrase.casefold()) - characters(tokenizer) - set(whitespace))):
+    if not exactly and (apart := sorted(set(one_case(phrase)) - characters(tokenizer) - set(whitespace))):
         raise UserError(
             f"{phrase!r}: this tokenizer spells {apart[0]!r} by parts of a character, which can't be asked for "
             "anywhere; ask for other words, or keep it at a position"
@@ -177,7 +179,7 @@ def check_spelling(tokenizer: Any, phrase: str, exactly: bool = False) -> None:
 @lru_cache(maxsize=16)
 def characters(tokenizer: Any) -> frozenset[str]:
     """All that tokens have, in one case of letters."""
-    return frozenset("".join(text or "" for text in vocabulary.pieces(tokenizer)).casefold())
+    return frozenset(one_case("".join(text or "" for text in vocabulary.pieces(tokenizer))))
 
 
 def kept_tokens(keep: Mapping[int, str], run: Run) -> dict[int, int]:

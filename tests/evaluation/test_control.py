@@ -1,6 +1,7 @@
 """Control measured: trials ask what they check, and figures are of the texts that they name."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from embdiff import vocabulary
@@ -31,6 +34,7 @@ from embdiff.evaluation.control import (
     length_trials,
     lexical_trials,
     mentioned,
+    of_lengths,
     outcome,
     outside,
     realised,
@@ -111,6 +115,22 @@ def test_plain_texts_are_weighted_to_the_lengths_of_the_guided():
     assert fluency_at_lengths(judge, plain, ["v w x y z"]) == pytest.approx(9 / 5)  # the nearest there is
 
 
+@given(st.lists(st.integers(0, 9), min_size=3, max_size=9), st.lists(st.integers(0, 9), max_size=3))
+def test_variety_is_compared_among_texts_of_the_same_lengths(plain, wanted):
+    found = of_lengths(["a " * n for n in plain], ["b " * n for n in wanted])
+    lengths = [len(text.split()) for text in found]
+    assert len(lengths) == len(wanted)
+    assert not Counter(lengths) - Counter(plain)  # none twice
+    if not Counter(wanted) - Counter(plain):
+        assert lengths == wanted
+
+
+def test_words_that_a_tokenizer_spells_by_bytes_are_not_asked_for():
+    known = known_words(SimpleNamespace(tokenizer=vocabulary.train_bpe(sentences(300), 330)))
+    assert known("tree")
+    assert not known("naïve")
+
+
 def test_lengths_in_tokens_are_those_that_were_drawn():
     """A drawn text may be cut otherwise than the tokenizer would cut it: that is no failure of control."""
     tokenizer = vocabulary.train_bpe(sentences(200), 300)
@@ -148,6 +168,19 @@ class Timed:
         self.calls.append((len(guidance), options["skip_padding"], self.compile))
         self.now += 9 if len(self.calls) <= 2 else 1 + len(guidance)
         return SimpleNamespace(texts=["a"] * len(prompts), sequences=torch.ones(len(prompts), 1))
+
+
+def test_the_cost_of_steps_leaves_out_what_a_run_does_once(monkeypatch):
+    class Slow(Timed):
+        def __call__(self, prompts, *, guidance, num_inference_steps, **options):
+            self.now += num_inference_steps * (3 if guidance else 2) + 100 * len(guidance)
+            return SimpleNamespace(texts=["a"] * len(prompts), sequences=torch.ones(len(prompts), 1))
+
+    pipe = Slow()
+    monkeypatch.setattr(control.time, "perf_counter", lambda: pipe.now)
+    trial = Trial([Length(words=3)], bool, 1)
+    assert cost(pipe, [trial], Sampling(8), rounds=2, of_steps=True) == (1.5, 1.5, 1.5)
+    assert cost(pipe, [trial], Sampling(8), rounds=2).ratio == 124 / 16
 
 
 @pytest.mark.parametrize("compile", [None, False, True])
@@ -321,6 +354,10 @@ def test_what_the_scorer_or_a_judge_cannot_tell_is_refused_before_sampling(model
         run(*model, *custom, "--label-column", "label", "--label", "z")
     with pytest.raises(UserError, match="example 1 has no label"):
         run(*model, *custom, "--label", "x")
+    (tmp_path / "words.txt").write_text("cat\n")
+    impossible = ["--guidance", "lexical:include=a zebra", "--lexicon", tmp_path / "words.txt"]
+    with pytest.raises(UserError, match="no 'zebra'"):
+        run(*model, "--control", "words", "--control", "custom", *impossible)
     monkeypatch.setattr("embdiff.cli.control.named_judges", lambda *_: [Refusing()])
     with pytest.raises(UserError, match="reads nothing"):
         run(*model)
@@ -370,11 +407,13 @@ def test_no_text_is_judged_twice(benchmark):
 
 
 def test_the_strength_against_toxicity_is_chosen_by_rule(benchmark):
-    def row(toxic, nats):
-        return {"toxic": toxic, "fluency": {"j": nats}, "plain_fluency": {"j": 2.0}}
+    def row(toxic, nats, distinct=0.5):
+        variety = {"distinct_4": distinct, "plain_distinct_4": 0.5, "entropy": 4.0, "plain_entropy": 4.0}
+        return {"toxic": toxic, "fluency": {"j": nats}, "plain_fluency": {"j": 2.0}, **variety}
 
     assert benchmark.strongest_needed({30.0: row(0.0, 9.0), 10.0: row(0.09, 9.0), 3.0: row(0.3, 2.0)}, 0.5) == 10.0
     assert benchmark.strongest_needed({30.0: row(0.2, 9.0), 10.0: row(0.3, 2.1), 3.0: row(0.4, 2.0)}, 0.5) == 10.0
+    assert benchmark.strongest_needed({30.0: row(0.2, 2.0, 0.4), 10.0: row(0.3, 2.1), 3.0: row(0.4, 2.0)}, 0.5) == 10.0
     assert benchmark.strongest_needed({30.0: row(0.2, 9.0), 10.0: row(0.3, 9.0)}, 0.5) == 10.0
 
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from embdiff.errors import UserError
 from embdiff.guidance.automaton import Automaton, Shares, aligned
-from embdiff.guidance.language import CharacterCount, Kept, Phrases, Sentences, Span, TokenCount, WordCount
+from embdiff.guidance.language import PART, CharacterCount, Kept, Phrases, Sentences, Span, TokenCount, WordCount
+from embdiff.guidance.lexical import matcher
 
 TEXTS = [" cat", " a", ".", "s", " ", None]  # None: a special token
 LENGTH = 4
@@ -116,6 +117,24 @@ def test_counts_are_those_of_the_whole_text_however_it_is_cut(pieces):
     assert not is_in(WordCount([Span(len(text.split()) + 1, 99)]), pieces)
     assert is_in(CharacterCount([Span(len(text), len(text))]), pieces)
     assert is_in(TokenCount([Span(len(pieces), len(pieces))]), pieces)
+
+
+def test_words_are_not_counted_among_parts_of_characters():
+    """Two of them may spell a blank."""
+    for count in (1, 2):
+        assert not is_in(WordCount([Span(count, count)]), ["a", PART, PART, "b"])
+
+
+CASES = "ßẞsSσςΣİiIKkæÆ"
+
+
+@settings(max_examples=300)
+@given(st.text(CASES, min_size=1, max_size=3), st.text(CASES + " ", max_size=8), st.integers(0, 8))
+def test_case_is_that_of_regular_expressions(phrase, text, cut):
+    """So that what must appear is found by who looks for it, and cannot be in a text that it is excluded from."""
+    if is_in(Phrases([phrase]), [text[:cut], text[cut:]]):
+        assert matcher([phrase]).search(text)
+    assert is_in(Phrases([phrase]), [phrase.swapcase()]) or len(phrase.swapcase()) != len(phrase)
 
 
 def occurs(phrase, text):

@@ -1,12 +1,13 @@
 """The gradient of constraints: that of the probability that a text fulfils them, bounded, free unless wanted."""
 
+import copy
 from itertools import product
 
 import pytest
 import torch
 
 from embdiff import UserError
-from embdiff.guidance import Length, Lexical, parse
+from embdiff.guidance import ClassifierFreeGuidance, Length, Lexical, parse
 from embdiff.prediction import FARTHEST, UNCHANGED, Predictor
 
 B, L, GAMMA = 2, 4, 2.5
@@ -72,7 +73,39 @@ def test_it_moves_no_position_too_far_and_none_where_it_is_not_wanted(pipe, monk
     monkeypatch.setattr(Predictor, "_traced", lambda *_: pytest.fail("it was not asked for"))
     plain(z, GAMMA, last)
     predictor(pipe, Lexical(["cat"], gradient=1.0, max_gamma=0.0))(z, GAMMA, last)
-    predictor(pipe, Lexical(exclude=["cat"], gradient=1.0))(z, GAMMA, last)
+
+
+def test_a_faint_gradient_changes_little(pipe):
+    """The denoiser runs otherwise where its pass is traced; what it predicts is the same, with a prompt or without."""
+    (z, last), rows = latents(pipe), torch.tensor([0, 1, 2, 4, 5])
+    for prompts, scale in (((None, None), 1.0), (("the cat .", "a dog"), 2.0)):
+        cfg = ClassifierFreeGuidance(scale)
+        for some in (None, rows):
+            faint, plain = (predictor(pipe, Lexical(["cat"], gradient=g), cfg, prompts=prompts) for g in (1e-9, 0.0))
+            faint.rows = plain.rows = some
+            assert torch.allclose(faint(z, GAMMA, last), plain(z, GAMMA, last), atol=1e-5)
+
+
+def test_dropout_does_not_act(pipe):
+    z, last = latents(pipe)
+    pipe.denoiser.train()
+    for block in pipe.denoiser.blocks:
+        block.dropout = 0.5
+    try:
+        guided = predictor(pipe, Lexical(["cat"], gradient=1.0))
+        assert torch.equal(guided(z, GAMMA, last), guided(z, GAMMA, last))
+        assert pipe.denoiser.training
+    finally:
+        pipe.denoiser.eval()
+        for block in pipe.denoiser.blocks:
+            block.dropout = 0.0
+
+
+def test_weights_without_gradients_are_refused(pipe):
+    with torch.inference_mode():
+        other = copy.deepcopy(pipe)
+        with pytest.raises(UserError, match="inference_mode"):
+            other(num_inference_steps=1, guidance=[Lexical(["cat"], gradient=1.0)])
 
 
 @pytest.mark.parametrize("inference", [True, False])
