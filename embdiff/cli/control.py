@@ -123,8 +123,8 @@ def eval_control(
     check_judges(judges, pipe, real)
     demand = Demand(targets, each, seed, classifier, strength, scorer, modules, success)
     demands = {name: prompted(demand.trials(name, pipe, real), asked) for name in control}
-    for modules in {id(trial.guidance): trial.guidance for trials in demands.values() for trial in trials}.values():
-        pipe.check(modules, 1)  # so that nothing is refused after much was drawn
+    for demanded in {id(trial.guidance): trial.guidance for trials in demands.values() for trial in trials}.values():
+        pipe.check(demanded, 1)  # so that nothing is refused after much was drawn
     sampling = Sampling(steps, seed, batch_size, {} if temperature is None else {"temperature": temperature})
     rows: list[dict[str, Any]] = []
     with shown() as advance:
