@@ -1,9 +1,9 @@
 """E2E restaurant descriptions without prompts: the bound on validation text, and samples judged by a 5-gram.
 
     python benchmarks/e2e_text.py DATA --output runs/e2e                 train 15 minutes on two idle cores
-    python benchmarks/e2e_text.py DATA --output runs/e2e --batch-size 32 --max-time 60m         the committed figures
+    python benchmarks/e2e_text.py DATA --output runs/e2e --batch-size 32 --dim 16 --max-time 60m   the committed figures
     python benchmarks/e2e_text.py DATA --output runs/e2e --steps 8 --solver unipc    again: continues, or only measures
-    embdiff sample runs/e2e --num-samples 40000 --steps 16 --temperature 0.85 --length-bias 1.6 --output drawn.jsonl
+    embdiff sample runs/e2e --num-samples 40000 --steps 8 --temperature 0.78 --length-bias 1.6 --output drawn.jsonl
     python benchmarks/e2e_text.py DATA --output runs/e2e --drawn drawn.jsonl         what do so many texts cover?
 
 DATA is a folder with the E2E set's train.txt and valid.txt, one word-tokenised text a line.
