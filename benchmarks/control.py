@@ -87,6 +87,7 @@ def e2e(
     temperature: float | None = typer.Option(None, help="Of the words; by default the pipeline's own."),
     strength: list[float] = typer.Option([3.0, 5.0, 8.0, 12.0], help="Of classifier guidance, to choose among."),
     choosing: int = typer.Option(10, help="Texts of each label for each strength."),
+    gradient: float = typer.Option(2.0, help="Of lexical control, where it is on."),
     classifier_steps: int = typer.Option(4000, help="Training steps of the classifier."),
     results: Path = typer.Option(Path("benchmarks/results/control_e2e.json"), help="Where the figures go."),
 ) -> None:
@@ -125,14 +126,15 @@ def e2e(
         "tokens": control.length_trials(pipe, real, "tokens", targets, each),
         "words": control.length_trials(pipe, real, "words", targets, each),
         "lexical": (words := control.lexical_trials(real, control.known_words(pipe), targets, each)),
-        "lexical, gradient": following(words),
+        "lexical, gradient": following(words, gradient),
         "labels": labels(best, max(1, targets * each // len(asked))),
     }
     real_shares = {label: share(checks[label], found) for label, found in of_labels(pipe, labelled, asked).items()}
     figures: dict[str, Any] = {
         "steps": steps, "solver": type(pipe.scheduler).__name__, "temperature": temperature or pipe.config.temperature,
         "labels": len(asked), "labels_unknown": unknown, "labels_in_real_texts": statistics.fmean(real_shares.values()),
-        "strengths": {f"{s:g}": found._asdict() for s, found in choices.items()}, "strength": best, "controls": {},
+        "strengths": {f"{s:g}": found._asdict() for s, found in choices.items()}, "strength": best,
+        "gradient": gradient, "controls": {},
     }  # fmt: skip
     for name, trials in demands.items():
         parts = drawn(name, trials)
@@ -269,6 +271,7 @@ def costs(
     steps: int = typer.Option(32, help="Denoising steps."),
     solver: str | None = typer.Option(None, help="By default the models' own schedulers."),
     strength: float = typer.Option(5.0, help="Of classifier guidance."),
+    gradient: float = typer.Option(2.0, help="Of lexical control, where it is on."),
     rounds: int = typer.Option(9, help="Of timing."),
     compile: bool = typer.Option(False, help="Whether the denoiser is compiled, on both sides."),
     results: Path = typer.Option(Path("benchmarks/results/control_costs.json"), help="Where the figures go."),
@@ -293,7 +296,7 @@ def costs(
         "length in tokens": (pipe, control.length_trials(pipe, real, "tokens", 99, 1)),
         "length in words": (pipe, control.length_trials(pipe, real, "words", 99, 1)),
         "lexical": (pipe, words := control.lexical_trials(real, control.known_words(pipe), 1, 1)),
-        "gradient of lexical": (pipe, following(words)),
+        "gradient of lexical": (pipe, following(words, gradient)),
         "lexicon": (pipe, one(Toxicity(0.0, lexicon=str(lexicon)))),
         "classifier": (pipe, one(ClassifierGuidance(label, "attributes", strength=strength))),
         "top-p": (pipe, one(TopP(0.9))),
@@ -352,9 +355,9 @@ def strongest_needed(rows: Mapping[float, Mapping[str, Any]], before: float) -> 
     return min(fallen) if fallen else max((s for s, row in rows.items() if good(row)), default=min(rows))
 
 
-def following(trials: Sequence[Trial]) -> list[Trial]:
+def following(trials: Sequence[Trial], gradient: float) -> list[Trial]:
     """The trials, with all texts made to fit what is asked for, by its gradient."""
-    return [replace(t, guidance=[replace(module, gradient=1.0) for module in t.guidance]) for t in trials]
+    return [replace(t, guidance=[replace(module, gradient=gradient) for module in t.guidance]) for t in trials]
 
 
 def texts(path: Path) -> list[str]:

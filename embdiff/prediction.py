@@ -39,7 +39,7 @@ from embdiff.guidance.base import (
 )
 from embdiff.transitions import Transitions
 
-FARTHEST = 0.3  # of an embedding's length: gradients of constraints, which are of first order, move x0 no farther
+FARTHEST = 1.0  # of an embedding's length: gradients of constraints, which are of first order, move x0 no farther
 BARRED = 1e9  # nats: no mass is left beside any other word, and a constraint may ask for it all the same
 
 
