@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
+from embdiff import ops
 from embdiff.batches import Encoded, encode
 from embdiff.data import Example
 from embdiff.errors import UserError
@@ -160,7 +161,9 @@ def read(
         x = pipe.denoiser.space.embed(ids)
     noise = torch.from_numpy(generator.standard_normal(tuple(x.shape), dtype=np.float32)).to(pipe.device)
     gamma = torch.from_numpy(schedule.gamma(times)).float().to(pipe.device)
-    logits: Tensor = classifier(corrupt(x, gamma, noise), gamma)
+    z, fast = corrupt(x, gamma, noise), ops.fast_dtype(pipe.device.type)
+    with torch.autocast(pipe.device.type, fast, enabled=fast is not torch.float32):
+        logits: Tensor = classifier(z, gamma)
     return logits
 
 

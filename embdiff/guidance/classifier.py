@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -57,7 +58,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):  # type: ignore[misc]
         x = self.embed(z.to(self.embed.weight.dtype))
         h, _, _ = through_blocks(self.blocks, self.final, x, condition, positions, None, None)
         logits: Tensor = self.head(h.mean(1))
-        return logits
+        return logits if logits.dtype is torch.float64 else logits.float()
 
     def log_probability(self, logits: Tensor, label: int) -> Tensor:
         """log p(label) [B] of logits [B, K]."""
@@ -77,7 +78,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     def check_space(self, name: str, space: EmbeddingSpace) -> None:
         """Raises UserError in another space than the one it was trained in."""
-        table = space.table()[:SKETCH].float()
+        table = space.table().detach()[:SKETCH].float()
         own = self.sketch[: len(table)].to(table)
         if own.shape != table.shape or float(torch.cosine_similarity(own, table).min()) < 0.99:
             raise UserError(
@@ -115,7 +116,7 @@ class ClassifierGuidance(Guidance):
 
 
 def classifier_of(run: Run, name: str) -> NoisyClassifier:
-    """The model's classifier of this name, in the model's own space."""
+    """The model's classifier of this name, which must be of the model's own space, in the denoiser's precision."""
     if name not in run.classifiers:
         known = f"it has {', '.join(sorted(run.classifiers))}" if run.classifiers else "it has none"
         raise UserError(f"the model has no classifier {name!r} ({known}): train one with embdiff train-classifier")
@@ -123,7 +124,8 @@ def classifier_of(run: Run, name: str) -> NoisyClassifier:
     found.check_space(name, run.denoiser.space)
     check_differentiable(found, f"classifier {name!r}")
     with torch.inference_mode(False):  # its gradient is to be taken, whoever calls
-        return cast(NoisyClassifier, found.to(run.device).eval())
+        ours = deepcopy(found).eval()  # the stored one keeps its precision
+        return cast(NoisyClassifier, nn.Module.to(ours, run.device, run.denoiser.dtype))
 
 
 def slope(classifier: NoisyClassifier, label: str, against: bool) -> Callable[[Tensor, float], Tensor]:

@@ -15,7 +15,8 @@ from embdiff.cli import app
 from embdiff.data import Example
 from embdiff.errors import UserError
 from embdiff.guidance import ClassifierGuidance, Lexical, Toxicity
-from embdiff.guidance.classifier import NoisyClassifier, slope
+from embdiff.guidance.base import Run
+from embdiff.guidance.classifier import NoisyClassifier, classifier_of, slope
 from tests.conftest import sentences
 
 
@@ -103,6 +104,20 @@ def test_the_slope_does_not_mind_inference_mode(pipe, cats):
     with torch.inference_mode():
         assert torch.equal(slope(classifier, "cat", False)(z.clone(), 0.7), outside)
         assert text() == plain
+
+
+def test_the_classifier_guides_in_the_precision_of_the_denoiser(pipe, cats):
+    pipe.classifiers["cats"] = classifier = cats[0]
+    z, run = (
+        torch.randn(2, 5, pipe.denoiser.dim),
+        Run(pipe.denoiser, pipe.tokenizer, 2, 5, classifiers=pipe.classifiers),
+    )
+    exact = slope(classifier_of(run, "cats"), "cat", False)(z, 0.7)
+    pipe.denoiser.to(torch.bfloat16)
+    guide = classifier_of(run, "cats")
+    assert {p.dtype for p in guide.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in classifier.parameters()} == {torch.float32}
+    assert torch.cosine_similarity(slope(guide, "cat", False)(z, 0.7).flatten(), exact.flatten(), dim=0) > 0.99
 
 
 def test_classifiers_are_saved_and_loaded_with_the_model(pipe, cats, tmp_path):
