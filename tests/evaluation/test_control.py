@@ -443,7 +443,8 @@ def e2e(pipe, tmp_path, benchmark, monkeypatch):
         (tmp_path / f"src1_{name}.txt").write_text("\n".join(f"{m}||{t}" for m, t in zip(meanings, lines, strict=True)))
     pipe.save_pretrained(tmp_path / "model")
     options = {"judge": [], "targets": 2, "each": 2, "plain": 7, "steps": 2, "solver": None, "temperature": None}
-    options |= {"strength": [1.0, 2.0], "choosing": 2, "classifier_steps": 2, "results": tmp_path / "out.json"}
+    options |= {"strength": [1.0, 2.0], "choosing": 2, "gradient": 2.0, "classifier_steps": 2}
+    options |= {"results": tmp_path / "out.json"}
     return lambda: benchmark.e2e(tmp_path, tmp_path / "model", tmp_path / "kept", **options)
 
 
