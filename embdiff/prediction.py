@@ -39,6 +39,7 @@ from embdiff.guidance.base import (
 )
 from embdiff.transitions import Transitions
 
+FELT = 6.0  # times that words feel a gradient more than x0, which near the end moves less than words lie apart
 FARTHEST = 1.0  # of an embedding's length: gradients of constraints, which are of first order, move x0 no farther
 BARRED = 1e9  # nats: no mass is left beside any other word, and a constraint may ask for it all the same
 
@@ -86,7 +87,7 @@ class Seen(NamedTuple):
 
     features: [B, L, H], or [R, H] of the positions `rows`; see `Predictor.rows`. others: of branches that combine
     means, which do so with features here: of means there are no probabilities of words. pull: [B, L, D], what
-    gradients add to a token's logit for each unit of its embedding.
+    demands' gradients add to a token's logit for each unit of its embedding.
     """
 
     transitions: Transitions
@@ -98,11 +99,7 @@ class Seen(NamedTuple):
 
     def whole(self) -> Tensor:
         """[R, H]: of branches and gradients too."""
-        h = combined(self.features, self.others).flatten(0, -2)
-        if self.pull is None:
-            return h
-        pull = self.pull.flatten(0, 1) if self.rows is None else self.pull.flatten(0, 1)[self.rows]
-        return h + F.pad(pull, (h.shape[-1] - pull.shape[-1], 0))  # the last features are multiplied by embeddings
+        return pulled(combined(self.features, self.others), self.pull, self.rows).flatten(0, -2)
 
 
 class Predictor:
@@ -176,13 +173,21 @@ class Predictor:
         plan, looked_at = self.plan(gamma), self.rows
         traced = self._traced(z, gamma, self_cond) if plan.follow else None
         main, others = self._features(z, gamma, self_cond, plan, traced)
-        pairs = list(zip(plan.branches, others, strict=True))
-        main = combined(main, [(branch.combine, h) for branch, h in pairs if branch.space == "logits"])
+        # E[x0 | z, y] = E[x0 | z] + (sigma^2 / alpha) grad log p(y | z), by Tweedie's formula under both. A token makes
+        # y likelier by exp(alpha <grad log p(y | z), its embedding>), to first order.
+        # With alpha^2 = 1 / (1 + e^g): sigma^2 / alpha^2 = e^g.
+        alpha = 1 / math.sqrt(1 + math.exp(gamma))
+        pulls = [alpha * gradient.strength * gradient.of(z, gamma) for gradient in plan.gradients]
+        felt = FELT * torch.stack(pulls).sum(0) if pulls else None
+        by_logits, by_means = (
+            [(branch, h) for branch, h in zip(plan.branches, others, strict=True) if branch.space == space]
+            for space in ("logits", "x0")
+        )
+        by_means = [(branch, pulled(h, felt, looked_at)) for branch, h in by_means]
+        main = pulled(combined(main, [(branch.combine, h) for branch, h in by_logits]), felt, looked_at)
         changes = self._changes(plan, self_cond)
         posterior = self._posterior(main, plan, changes)
-        means = [
-            (branch, self._posterior(h, plan, changes, branch.denoiser)) for branch, h in pairs if branch.space == "x0"
-        ]
+        means = [(branch, self._posterior(h, plan, changes, branch.denoiser)) for branch, h in by_means]
         alone, posterior = posterior, guided(posterior, means) if means else posterior
         if self.rows is not None:
             posterior = spread(posterior, self.rows, z.shape[:2])
@@ -192,26 +197,21 @@ class Predictor:
             # What constraints ask for is seen in the posterior only where all of them act in full.
             seen = self.automaton is None or [(id(a), s) for a, s in plan.demands] == [(id(self.automaton), 1.0)]
             self.rows = live(posterior.kept[..., 0]) if seen else None
-        # E[x0 | z, y] = E[x0 | z] + (sigma^2 / alpha) grad log p(y | z), by Tweedie's formula under both. A token makes
-        # y likelier by exp(alpha <grad log p(y | z), its embedding>), to first order.
-        # With alpha^2 = 1 / (1 + e^g): sigma^2 / alpha^2 = e^g.
-        x0, pull = self._x0(posterior, gamma), None
-        scale = 1 / math.sqrt(1 + math.exp(gamma))
-        pulls = [scale * g.strength * g.of(z, gamma) for g in plan.gradients]
+        asked = None
         if traced is not None:
             slope = self._slope(traced, looked_at, plan, changes)
             farthest = FARTHEST * math.sqrt(z.shape[-1]) * math.exp(-gamma)
-            pulls.append(ops.limited(scale * plan.follow * slope, farthest))
+            asked = ops.limited(alpha * plan.follow * slope, farthest)
+            pulls.append(asked)
+        x0 = self._x0(posterior, gamma)
         if pulls:
-            pull = torch.stack(pulls).sum(0)
-            x0 = x0 + math.exp(gamma) * pull
-        by_means = [h for branch, h in pairs if branch.space == "x0"]
+            x0 = x0 + math.exp(gamma) * torch.stack(pulls).sum(0)
         shared = [
             (as_means(branch, alone.mean, other.mean), h)
-            for (branch, other), h in zip(means, by_means, strict=True)
+            for (branch, other), (_, h) in zip(means, by_means, strict=True)
             if branch.denoiser is None
         ]
-        self.see(gamma, main, looked_at, changes, shared, pull)
+        self.see(gamma, main, looked_at, changes, shared, asked)
         return x0
 
     def draws(self, gamma: float) -> bool:
@@ -596,6 +596,15 @@ def members(vetoes: Sequence[Veto], tokens: Tensor) -> Tensor:
 def last(marked: Tensor) -> Tensor:
     """[B, L] bool: the last one of each row."""
     return marked & (marked.flip(1).cumsum(1).flip(1) == 1)
+
+
+def pulled(h: Tensor, pull: Tensor | None, rows: Tensor | None) -> Tensor:
+    """Features h [B, L, H], or [R, H] of the positions `rows`, after a pull [B, L, D] on the logits of words: the last
+    features are those that embeddings are multiplied by."""
+    if pull is None:
+        return h
+    here = pull if rows is None else pull.flatten(0, 1)[rows]
+    return h + F.pad(here, (h.shape[-1] - here.shape[-1], 0)).to(h.dtype)
 
 
 def combined(main: Tensor, others: Sequence[tuple[Combine, Tensor]]) -> Tensor:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from embdiff import ops, prediction, vocabulary
 from embdiff.errors import UserError
 from embdiff.guidance import ClassifierFreeGuidance, Length, Lexical, NoRepeatNgram, RepetitionPenalty, TopK
-from embdiff.guidance.base import Run
+from embdiff.guidance.base import Gradient, Guidance, Run
 from embdiff.guidance.sampling import repeated
 
 
@@ -22,6 +22,44 @@ def test_positions_that_a_weak_demand_will_need_are_looked_at(pipe, monkeypatch,
     with torch.no_grad():
         predictor(torch.randn(1, 12, 16), 0.0, None)
     assert (predictor.rows is not None) == cut
+
+
+class Pull(Guidance):
+    """A gradient of log p(y | z) that is known."""
+
+    name = "pull"
+
+    def __init__(self, gradient, strength):
+        self.gradient, self.strength = gradient, strength
+
+    def parts(self, run):
+        yield Gradient(lambda z, gamma: self.gradient, self.strength)
+
+
+@pytest.mark.parametrize("space", [None, "x0", "logits"])
+@pytest.mark.parametrize("gamma", [-2.0, 1.0])
+def test_gradients_move_x0_and_words(pipe, gamma, space):
+    torch.manual_seed(0)
+    z, gradient, strength = torch.randn(2, 12, 16), 0.1 * torch.randn(2, 12, 16), 0.7
+    alpha = (1 / (1 + torch.tensor(gamma).exp())).sqrt()
+    scale, table = 3.0, pipe.denoiser.space.table()
+    context = Run(pipe.denoiser, pipe.tokenizer, 2, 12).encode(["a cat"] * 2)
+    run = Run(pipe.denoiser, pipe.tokenizer, 2, 12, context=context)
+    others = [] if space is None else [ClassifierFreeGuidance(scale, space)]
+    with torch.no_grad():
+        found = prediction.Predictor(run, [*others, Pull(gradient, strength)])(z, gamma, None)
+        level = torch.full((2,), gamma)
+        logits = pipe.denoiser.logits(pipe.denoiser(z, level, run.context))
+        alone = pipe.denoiser.logits(pipe.denoiser(z, level))
+        felt = prediction.FELT * alpha * strength * gradient @ table.T
+        if space == "logits":
+            logits = alone + scale * (logits - alone)
+        expected = (logits + felt).softmax(-1) @ table
+        if space == "x0":
+            less = (alone + felt).softmax(-1) @ table
+            expected = less + scale * (expected - less)
+    expected = expected + (1 - alpha**2) / alpha * strength * gradient
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 PROMPTS = ["a cat", "the dog sees", "tree"]

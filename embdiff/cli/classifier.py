@@ -57,7 +57,7 @@ def train_classifier(
     save_folder(target, classifier.save_pretrained)
     labels = list(classifier.config.labels)
     print(f"{len(labels)} labels: {', '.join(labels[:12])}{' ..' if len(labels) > 12 else ''}")
-    print("noise level t   right   by guessing")
+    print("noise level t   right   by guessing   nats a text gained")
     for row in found:
-        print(f"{row.time:11.1f} {row.right:9.1%} {row.guess:11.1%}")
-    print(f"stored in {target}; use it with --guidance classifier:classifier={name},label={labels[0]},strength=3")
+        print(f"{row.time:11.1f} {row.right:9.1%} {row.guess:11.1%} {row.gained:14.2f}")
+    print(f"stored in {target}; use it with --guidance classifier:classifier={name},label={labels[0]},strength=1.5")

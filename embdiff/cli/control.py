@@ -55,7 +55,7 @@ def eval_control(
     each: int = typer.Option(10, help="Texts for each demand."),
     plain: int = typer.Option(500, help="Unguided texts beside them."),
     classifier: str = typer.Option("classifier", help="For the control classifier: which of the model's."),
-    strength: float = typer.Option(3.0, help="Of classifier guidance."),
+    strength: float = typer.Option(1.5, help="Of classifier guidance."),
     guidance: list[str] = typer.Option([], help=f"For the control custom. {GUIDANCE_HELP}"),
     scorer_data: str | None = typer.Option(
         None,

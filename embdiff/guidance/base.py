@@ -147,7 +147,8 @@ class Veto(NamedTuple):
 
 
 class Gradient(NamedTuple):
-    """`of(z, gamma)` is the gradient [B, L, D] of log p(y | z) at noise level gamma; strength multiplies it."""
+    """`of(z, gamma)` is the gradient [B, L, D] of log p(y | z) at noise level gamma; strength multiplies it. It moves
+    x0 and the posterior of words."""
 
     of: Callable[[Tensor, float], Tensor]
     strength: float

@@ -57,7 +57,8 @@ class NoisyClassifier(ModelMixin, ConfigMixin):  # type: ignore[misc]
         positions = torch.arange(z.shape[1], device=z.device)[None]
         x = self.embed(z.to(self.embed.weight.dtype))
         h, _, _ = through_blocks(self.blocks, self.final, x, condition, positions, None, None)
-        logits: Tensor = self.head(h.mean(1))
+        # The largest over the positions: a mean would hide a word among all the others.
+        logits: Tensor = self.head(h.amax(1))
         return logits if logits.dtype is torch.float64 else logits.float()
 
     def log_probability(self, logits: Tensor, label: int) -> Tensor:
@@ -91,11 +92,11 @@ class NoisyClassifier(ModelMixin, ConfigMixin):  # type: ignore[misc]
 class ClassifierGuidance(Guidance):
     """Towards a label, by the gradient of log p(label | z) (Dhariwal & Nichol 2021, arXiv:2105.05233, algorithm 2).
 
-    x0 gets (sigma^2 / alpha) strength grad log p(label | z): one pass forwards and backwards through the classifier,
-    none backwards through the denoiser.
+    x0 gets (sigma^2 / alpha) strength grad log p(label | z), and words feel the gradient in their logits: one pass
+    forwards and backwards through the classifier, none backwards through the denoiser.
 
     label: one that the classifier knows. classifier: its name, as `embdiff train-classifier` stored it with the model.
-    against: away from the label. strength: 1 = as Bayes' rule has it; more is usual.
+    against: away from the label. strength: 1 = x0 moves as Bayes' rule has it.
     """
 
     name: ClassVar[str] = "classifier"
@@ -108,7 +109,7 @@ class ClassifierGuidance(Guidance):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.strength <= 1e4:
-            raise UserError(f"strength {self.strength} is out of range: give 0 (off) to 1e4, 1 to 30 are usual")
+            raise UserError(f"strength {self.strength} is out of range: give 0 (off) to 1e4, 0.5 to 3 are usual")
 
     def parts(self, run: Run) -> Iterable[Part]:
         if self.strength > 0:

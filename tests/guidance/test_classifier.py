@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -10,14 +11,18 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from embdiff import TextDiffusionPipeline
-from embdiff.classification import ClassifierConfig, heads, train_classifier
+from embdiff.batches import encode
+from embdiff.classification import ClassifierConfig, heads, levels, train_classifier
 from embdiff.cli import app
 from embdiff.data import Example
+from embdiff.denoiser import Denoiser
 from embdiff.errors import UserError
 from embdiff.guidance import ClassifierGuidance, Lexical, Toxicity
 from embdiff.guidance.base import Run
 from embdiff.guidance.classifier import NoisyClassifier, classifier_of, slope
-from tests.conftest import sentences
+from embdiff.noise import GumbelSchedule
+from embdiff.schedulers import RenoiseScheduler
+from tests.conftest import WORDS, lively, sentences
 
 
 def examples(count=2000):
@@ -46,6 +51,34 @@ def test_it_learns_what_low_noise_shows_and_guesses_at_high_noise(pipe, cats):
     assert set(classifier.config.labels) == {"cat", "none"}
     first, again = (train_classifier(pipe, examples(100), ClassifierConfig(max_steps=3))[0] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+
+
+def test_it_finds_one_word_in_a_long_text(tokenizer):
+    denoiser = lively(Denoiser(len(tokenizer), dim=16, width=16, depth=1, heads=1, max_length=64))
+    schedule = GumbelSchedule.initial(16, len(tokenizer))
+    pipe = TextDiffusionPipeline(denoiser, tokenizer, RenoiseScheduler(noise_schedule=schedule.config()))
+    generator = np.random.default_rng(0)
+    others = [word for word in WORDS if word != "cat"]
+    texts = [list(generator.choice(others, 60)) for _ in range(2400)]
+    for text in texts[::2]:
+        text[generator.integers(60)] = "cat"
+    labelled = [Example(" ".join(text), "cat" if "cat" in text else "none") for text in texts]
+    classifier, _ = train_classifier(pipe, labelled[400:], ClassifierConfig(max_steps=300, width=32, depth=1))
+    ids = encode([Example(example.text) for example in labelled[:400]], tokenizer, 64).batch(np.arange(400)).ids
+    with torch.no_grad():
+        logits = classifier(denoiser.space.embed(ids), torch.full((400,), -3.0))
+    named = [classifier.config.labels[i] for i in logits.argmax(1)]
+    assert np.mean([name == example.prompt for name, example in zip(named, labelled, strict=False)]) > 0.95
+
+
+@given(st.integers(1, 80), st.integers(0, 99))
+def test_half_of_the_noise_levels_show_something(count, seed):
+    schedule = GumbelSchedule.initial(16, 50)
+    low, median, high = schedule.gamma(np.array([0.0, 0.5, 1.0]))
+    gamma = levels(schedule, count, np.random.default_rng(seed))
+    assert len(gamma) == count
+    assert ((low <= gamma) & (gamma <= high)).all()
+    assert (gamma <= median).sum() >= count // 2
 
 
 def test_guidance_makes_labels_likelier_and_rarer(pipe, cats):
