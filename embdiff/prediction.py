@@ -603,8 +603,8 @@ def pulled(h: Tensor, pull: Tensor | None, rows: Tensor | None) -> Tensor:
     features are those that embeddings are multiplied by."""
     if pull is None:
         return h
-    here = pull if rows is None else pull.flatten(0, 1)[rows]
-    return h + F.pad(here, (h.shape[-1] - here.shape[-1], 0)).to(h.dtype)
+    here = pull.flatten(0, 1) if rows is None else pull.flatten(0, 1)[rows]
+    return h + F.pad(here, (h.shape[-1] - here.shape[-1], 0)).to(h.dtype).view_as(h)
 
 
 def combined(main: Tensor, others: Sequence[tuple[Combine, Tensor]]) -> Tensor:
