@@ -57,7 +57,8 @@ from embdiff.config import TrainConfig
 from embdiff.data import Example, read_examples
 from embdiff.errors import UserError
 from embdiff.evaluation import control
-from embdiff.evaluation.control import Check, Kept, Sample, Sampling, Trial, cost, outcome, share
+from embdiff.evaluation.control import Check, Kept, Sample, Sampling, Trial, outcome, share
+from embdiff.evaluation.control import costs as costs_of
 from embdiff.evaluation.judges import Judge, NGramJudge, check_judges, judge_of
 from embdiff.evaluation.samples import as_written
 from embdiff.evaluation.scorer import Scorer
@@ -278,9 +279,7 @@ def costs(
 ) -> None:
     """What a step costs with a module, or with the same outside its interval, over one without; and what a run does.
 
-    MODEL has the classifier that `e2e` trained. In a run, what a module prepares before the first step counts too, and
-    what is exact is looked after in the last rounding all the same. The cost of steps is of those that twice as many
-    have more.
+    MODEL has the classifier that `e2e` trained.
     """
     quiet()
     pipe, other = (load_pipeline(str(folder), "auto", "auto", compile) for folder in (model, prompted))
@@ -305,13 +304,9 @@ def costs(
     }
     figures: dict[str, Any] = {"steps": steps, "compile": compile, "rounds": rounds, "modules": {}}
     for name, (model_pipe, trials) in timed.items():
-        beyond = [control.outside(trial) for trial in trials]
-        figures["modules"][name] = {
-            "asked": next((most for what, most in COSTS.items() if name.startswith(what)), None),
-            "step": cost(model_pipe, trials, Sampling(steps), rounds, of_steps=True)._asdict(),
-            "run": cost(model_pipe, trials, Sampling(steps), rounds)._asdict(),
-            "outside": cost(model_pipe, beyond, Sampling(steps), rounds, of_steps=True)._asdict(),
-        }
+        found = costs_of(model_pipe, trials, Sampling(steps), rounds)._asdict()
+        asked = next((most for what, most in COSTS.items() if name.startswith(what)), None)
+        figures["modules"][name] = {"asked": asked} | {part: ratio._asdict() for part, ratio in found.items()}
         write(results, rounded(figures))
 
 

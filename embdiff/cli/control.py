@@ -39,13 +39,15 @@ if TYPE_CHECKING:
     from embdiff.guidance import Guidance
     from embdiff.pipeline import TextDiffusionPipeline
 
-CONTROLS = ("tokens", "words", "characters", "lexical", "classifier", "custom")
+CONTROLS = ("tokens", "words", "characters", "lexical", "classifier", "cfg", "custom")
 
 
 def eval_control(
     model: str = typer.Argument(..., help="Folder that embdiff train wrote, or a name on the hub."),
     control: list[str] = typer.Option(
-        ["tokens", "words", "lexical"], help=f"{', '.join(CONTROLS)}; several times. custom: what --guidance says."
+        ["tokens", "words", "lexical"],
+        help=f"{', '.join(CONTROLS)}; several times. cfg: slots of prompts 'name : value | ..'; "
+        "custom: what --guidance says.",
     ),
     data: str | None = typer.Option(None, help="Real texts, for lengths and words; by default the run's own."),
     prompts: str | None = typer.Option(
@@ -56,6 +58,7 @@ def eval_control(
     plain: int = typer.Option(500, help="Unguided texts beside them."),
     classifier: str = typer.Option("classifier", help="For the control classifier: which of the model's."),
     strength: float = typer.Option(1.5, help="Of classifier guidance."),
+    scale: list[float] = typer.Option([1.0, 1.5, 2.0, 3.0, 4.0], help="For the control cfg: its scales; 1 = off."),
     guidance: list[str] = typer.Option([], help=f"For the control custom. {GUIDANCE_HELP}"),
     scorer_data: str | None = typer.Option(
         None,
@@ -74,7 +77,7 @@ def eval_control(
     steps: int = typer.Option(32, help="Denoising steps."),
     scheduler: str | None = typer.Option(None, help=f"{SOLVERS}; by default the model's own."),
     temperature: float | None = typer.Option(None, help="As in embdiff sample; by default the model's own."),
-    costs: bool = typer.Option(True, help="Also time each control against unguided runs."),
+    costs: bool = typer.Option(True, help="Also time each control, and the same outside its interval."),
     seed: int = typer.Option(0, help="Of demands and samples."),
     batch_size: int = typer.Option(50, help="Texts at a time; samples do not depend on it."),
     device: str = typer.Option("auto", help="cpu, cuda or auto."),
@@ -107,7 +110,8 @@ def eval_control(
     check_output(output, overwrite)
     start = time.monotonic()
     quiet()
-    from embdiff.evaluation.control import Sampling, cost, draw_trials, free_of, outcome, scored
+    from embdiff.evaluation.control import Sampling, draw_trials, free_of, outcome, scored
+    from embdiff.evaluation.control import costs as costs_of
     from embdiff.evaluation.judges import check_judges
     from embdiff.evaluation.report import environment, finite
     from embdiff.guidance.toxicity import read_lexicon
@@ -122,7 +126,9 @@ def eval_control(
     judges = named_judges(judge, pipe, train, valid)
     check_judges(judges, pipe, real)
     demand = Demand(targets, each, seed, classifier, strength, scorer, modules, success)
-    demands = {name: prompted(demand.trials(name, pipe, real), asked) for name in control}
+    demands = {name: prompted(demand.trials(name, pipe, real), asked) for name in control if name != "cfg"}
+    if "cfg" in control:
+        demands |= curve(asked, scale, each)
     for demanded in {id(trial.guidance): trial.guidance for trials in demands.values() for trial in trials}.values():
         pipe.check(demanded, 1)  # so that nothing is refused after much was drawn
     sampling = Sampling(steps, seed, batch_size, {} if temperature is None else {"temperature": temperature})
@@ -131,15 +137,16 @@ def eval_control(
         unguided = sampling.draw(pipe, [asked[i % len(asked)] for i in range(plain)], 10**6)
         for name, trials in demands.items():
             drawn = draw_trials(pipe, trials, sampling, partial(advance, name))
-            rows.append({**outcome(name, trials, drawn, unguided, judges)._asdict(), "cost": None})
+            rows.append({**outcome(name, trials, drawn, unguided, judges)._asdict(), "costs": None})
             rows[-1] |= in_lexicon(clean, [sample for part in drawn for sample in part], unguided)
     for row in rows if costs else ():  # behind all drawing, which may have the denoiser compiled
-        ratio, *quartiles = cost(pipe, demands[row["control"]], sampling)
-        row |= {"cost": ratio, "cost_quartiles": quartiles}
+        found = costs_of(pipe, demands[row["control"]], sampling)._asdict()
+        row["costs"] = {part: ratio._asdict() for part, ratio in found.items()}
     figures = {
         "model": model, **sources, "judges": judge, "steps": steps, "targets": targets, "each": each, "plain": plain,
         "seed": seed, "batch_size": batch_size, "temperature": temperature, "classifier": classifier,
-        "strength": strength, "guidance": guidance, "scorer_data": scorer_data, "label": label, "lexicon": lexicon,
+        "strength": strength, "scale": scale, "guidance": guidance, "scorer_data": scorer_data, "label": label,
+        "lexicon": lexicon,
         "prompts": len([prompt for prompt in asked if prompt is not None]), "controls": rows,
         "run": environment(pipe, time.monotonic() - start),
     }  # fmt: skip
@@ -179,6 +186,18 @@ def prompts_of(
 def prompted(trials: Sequence[Trial], prompts: Sequence[str | None]) -> list[Trial]:
     """The trials, each under the next prompt."""
     return [replace(trial, prompt=prompts[i % len(prompts)]) for i, trial in enumerate(trials)]
+
+
+def curve(sources: Sequence[str | None], scales: Sequence[float], each: int) -> dict[str, list[Trial]]:
+    """Trials of classifier-free guidance at each scale, under meanings."""
+    from embdiff.evaluation.control import scale_trials, slots
+
+    meanings = [source for source in sources if source is not None and slots(source)]
+    if len(meanings) < len(sources):
+        bare = next(source for source in sources if source is None or not slots(source))
+        cause = "there is no prompt" if bare is None else f"{bare!r} is none"
+        raise UserError(f"--control cfg counts slots of prompts like 'name : value | name : value', and {cause}")
+    return {f"cfg {scale:g}": scale_trials(meanings, scale, each) for scale in scales}
 
 
 def in_lexicon(clean: Check | None, drawn: list[Sample], plain: list[Sample]) -> dict[str, float]:
@@ -243,8 +262,9 @@ def show(rows: list[dict[str, Any]]) -> None:
     }  # fmt: skip
     if "in_lexicon" in rows[0]:
         lines["with words of the lexicon"] = [pair(row, "in_lexicon", "plain_in_lexicon", ".1%") for row in rows]
-    if rows[0]["cost"] is not None:
-        lines["time"] = [f"x {row['cost']:.2f}" for row in rows]
+    if rows[0]["costs"] is not None:
+        for what, part in (("time of a run", "run"), ("of a step", "step"), ("of one outside its interval", "outside")):
+            lines[what] = [f"x {row['costs'][part]['ratio']:.2f}" for row in rows]
     table = Table("", *(row["control"] for row in rows), title="control, beside unguided texts in brackets")
     for name, cells in lines.items():
         table.add_row(name, *cells)

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,7 +29,7 @@ from embdiff.evaluation.judges import Judge, cross_entropy
 from embdiff.evaluation.report import scheduler_options
 from embdiff.evaluation.samples import outputs
 from embdiff.evaluation.scorer import Scorer
-from embdiff.guidance import ClassifierGuidance, Guidance, Length, Lexical
+from embdiff.guidance import ClassifierFreeGuidance, ClassifierGuidance, Guidance, Length, Lexical
 from embdiff.guidance.language import Sentences
 from embdiff.guidance.lexical import check_spelling, matcher
 
@@ -44,12 +44,13 @@ class Sample(NamedTuple):
     tokens: int
 
 
-Check = Callable[[Sample], bool]
+Check = Callable[[Sample], float]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One demand on some samples. check: whether a sample has it; count: samples; prompt: of all, None = none."""
+    """One demand on some samples. check: whether a sample has it, or how much of it, from 0 to 1; count: samples;
+    prompt: of all, None = none."""
 
     guidance: Sequence[Guidance]
     check: Check
@@ -60,8 +61,9 @@ class Trial:
 class Outcome(NamedTuple):
     """Of all trials of a control. Shares are of texts; fluency is nats a word and end, by judge.
 
-    success: texts that have what was asked for; by_chance: unguided texts that have it. ended: texts that end with a
-    sentence. plain_fluency: of unguided texts of the same lengths; distinct_4, entropy: of as many, of these lengths.
+    success: texts that have what was asked for, or how much of it they have; by_chance: unguided ones. ended: texts
+    that end with a sentence. plain_fluency: of unguided texts of the same lengths; distinct_4, entropy: of as many, of
+    these lengths.
     """
 
     control: str
@@ -191,7 +193,7 @@ def outcome(
 
 
 def share(check: Check, samples: Sequence[Sample]) -> float:
-    """The share of samples that pass."""
+    """The share of samples that pass, or the mean of what they have."""
     return sum(map(check, samples)) / len(samples)
 
 
@@ -305,7 +307,7 @@ def having(include: Sequence[str], exclude: Sequence[str] = ()) -> Callable[[str
     return check
 
 
-def by_text(has: Callable[[str], bool]) -> Check:
+def by_text(has: Callable[[str], float]) -> Check:
     """A check that looks at texts alone."""
     return lambda sample: has(sample.text)
 
@@ -334,6 +336,12 @@ def label_trials(
 ) -> list[Trial]:
     """A demand for each label of the model's classifier. check: gives a label's check."""
     return [Trial([ClassifierGuidance(label, classifier, strength=strength)], check(label), each) for label in labels]
+
+
+def scale_trials(sources: Sequence[str], scale: float, each: int) -> list[Trial]:
+    """Meanings as prompts, under classifier-free guidance. What is asked of a text is its meaning's slots."""
+    guidance = [ClassifierFreeGuidance(scale)]
+    return [Trial(guidance, by_text(partial(realised, source)), each, source) for source in sources]
 
 
 def mentioned(label: str) -> Check:
@@ -365,32 +373,45 @@ class Cost(NamedTuple):
     high: float
 
 
-def cost(
-    pipe: TextDiffusionPipeline, trials: Sequence[Trial], sampling: Sampling, rounds: int = 5, of_steps: bool = False
-) -> Cost:
+class Costs(NamedTuple):
+    """What a module costs. run: whole runs, with what is prepared before the first step and looked after in the last
+    rounding; step: their steps alone; outside: steps outside the module's interval."""
+
+    run: Cost
+    step: Cost
+    outside: Cost
+
+
+def costs(pipe: TextDiffusionPipeline, trials: Sequence[Trial], sampling: Sampling, rounds: int = 5) -> Costs:
     """What the middle one of the trials costs. Guided and unguided runs take turns, after a round to warm up.
 
-    Both sides compute all positions: where padding is skipped, shorter texts would be cheaper, guided or not.
-    of_steps: not of runs, but of the steps that a run of twice as many has more, so that what is done once is left out.
+    All sides compute all positions: where padding is skipped, shorter texts would be cheaper, guided or not. The time
+    of steps is what a run takes longer than one of half as many, so that what is done once is left out; a run has two
+    at least.
     """
     trial = trials[len(trials) // 2]
-    whole = replace(sampling, options=sampling.options | {"skip_padding": False})
+    whole = replace(sampling, steps=max(2, sampling.steps), options=sampling.options | {"skip_padding": False})
+    half = replace(whole, steps=whole.steps // 2)
 
-    def seconds(modules: Sequence[Guidance], runs: Sampling = whole) -> float:
+    def seconds(modules: Sequence[Guidance], runs: Sampling) -> float:
         start = time.perf_counter()
         runs.draw(pipe, [trial.prompt] * runs.batch_size, 0, *modules)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    def further(modules: Sequence[Guidance]) -> float:
-        return seconds(modules, replace(whole, steps=2 * whole.steps)) - seconds(modules)
+    def turn() -> list[float]:
+        sides = (trial.guidance, (), outside(trial).guidance)
+        (guided, plain, beyond), shorter = ([seconds(side, runs) for side in sides] for runs in (whole, half))
+        steps, plain_steps, steps_beyond = (
+            long - short for long, short in zip((guided, plain, beyond), shorter, strict=True)
+        )
+        return [guided / plain, steps / plain_steps, steps_beyond / plain_steps]
 
-    timed = further if of_steps else seconds
     with settled(pipe):
-        ratios = [timed(trial.guidance) / timed(()) for _ in range(rounds + 1)]
-    low, ratio, high = np.quantile(ratios[1:], (0.25, 0.5, 0.75)).tolist()
-    return Cost(ratio, low, high)
+        ratios = [turn() for _ in range(rounds + 1)][1:]
+    quartiles = np.quantile(ratios, (0.5, 0.25, 0.75), axis=0).T.tolist()
+    return Costs(*(Cost(*each) for each in quartiles))
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from embdiff.evaluation.control import (
     Sample,
     Sampling,
     Trial,
-    cost,
+    costs,
     draw_trials,
     ended,
     fluency_at_lengths,
@@ -38,7 +38,9 @@ from embdiff.evaluation.control import (
     outcome,
     outside,
     realised,
+    scale_trials,
     scored,
+    share,
     slots,
     weakest,
 )
@@ -156,7 +158,8 @@ def test_nothing_is_tokenised_to_tell_success(pipe, monkeypatch):
 
 
 class Timed:
-    """A pipeline whose runs take 1 s, and 2 s guided; the first two take 9."""
+    """A pipeline whose runs take 100 s before the first step and 2 s a step; guided ones 150 and 3, and outside the
+    interval 150 and 2. The first six runs take 999 s more."""
 
     compile = None
     tokenizer = SimpleNamespace(eos_token_id=0, pad_token_id=0)
@@ -164,42 +167,39 @@ class Timed:
     def __init__(self):
         self.now, self.calls = 0.0, []
 
-    def __call__(self, prompts, *, guidance, **options):
+    def __call__(self, prompts, *, guidance, num_inference_steps, **options):
         self.calls.append((len(guidance), options["skip_padding"], self.compile))
-        self.now += 9 if len(self.calls) <= 2 else 1 + len(guidance)
+        active = any(module.min_gamma < 0 for module in guidance)
+        self.now += 999 * (len(self.calls) <= 6) + 100 + 50 * len(guidance) + num_inference_steps * (2 + active)
         return SimpleNamespace(texts=["a"] * len(prompts), sequences=torch.ones(len(prompts), 1))
 
 
-def test_the_cost_of_steps_leaves_out_what_a_run_does_once(monkeypatch):
-    class Slow(Timed):
-        def __call__(self, prompts, *, guidance, num_inference_steps, **options):
-            self.now += num_inference_steps * (3 if guidance else 2) + 100 * len(guidance)
-            return SimpleNamespace(texts=["a"] * len(prompts), sequences=torch.ones(len(prompts), 1))
-
-    pipe = Slow()
-    monkeypatch.setattr(control.time, "perf_counter", lambda: pipe.now)
-    trial = Trial([Length(words=3)], bool, 1)
-    assert cost(pipe, [trial], Sampling(8), rounds=2, of_steps=True) == (1.5, 1.5, 1.5)
-    assert cost(pipe, [trial], Sampling(8), rounds=2).ratio == 124 / 16
-
-
 @pytest.mark.parametrize("compile", [None, False, True])
-def test_cost_compares_like_with_like(monkeypatch, compile):
+def test_costs_compare_like_with_like(monkeypatch, compile):
     pipe = Timed()
     pipe.compile = compile
     monkeypatch.setattr(control.time, "perf_counter", lambda: pipe.now)
-    found = cost(pipe, [Trial([Length(words=3)], bool, 1)], Sampling(options={"skip_padding": True}), rounds=3)
-    assert found == (2.0, 2.0, 2.0)
-    assert [guided for guided, _, _ in pipe.calls] == [1, 0] * 4  # in turns
+    found = costs(pipe, [Trial([Length(words=3)], bool, 1)], Sampling(8, options={"skip_padding": True}), rounds=3)
+    assert found.run == (174 / 116,) * 3
+    assert (found.step, found.outside) == ((1.5,) * 3, (1.0,) * 3)  # without what a run does once
+    assert [guided for guided, _, _ in pipe.calls] == [1, 0, 1] * 8  # in turns
     assert {call[1:] for call in pipe.calls} == {(False, bool(compile))}
     assert pipe.compile is compile
 
 
+def test_costs_of_a_single_step_are_of_two(monkeypatch):
+    pipe = Timed()
+    monkeypatch.setattr(control.time, "perf_counter", lambda: pipe.now)
+    assert costs(pipe, [Trial([Length(words=3)], bool, 1)], Sampling(1), rounds=1).step.ratio == 1.5
+
+
 def test_cost_is_of_the_median_length(pipe, monkeypatch):
     asked = []
+    now = iter(range(9999))
+    monkeypatch.setattr(control.time, "perf_counter", lambda: next(now) ** 2)
     monkeypatch.setattr(Sampling, "draw", lambda self, pipe, prompts, seed, *modules: asked.extend(modules))
     trials = length_trials(pipe, REAL, "words", 9, 1)
-    cost(pipe, trials, Sampling(), rounds=1)
+    costs(pipe, trials, Sampling(), rounds=1)
     assert {module.words for module in asked} == {np.median([trial.guidance[0].words for trial in trials])}
 
 
@@ -297,7 +297,7 @@ def test_the_command_prints_a_table_and_writes_json(model, tmp_path):
     assert [row["control"] for row in found["controls"]] == ["tokens", "words", "lexical"]
     assert found["data"] == found["judge_data"]
     assert found["seen_by_judges"] == len(REAL)
-    assert all(row["success"] == 1.0 and row["cost"] > 0 for row in found["controls"])
+    assert all(row["success"] == 1.0 and row["costs"]["run"]["ratio"] > 0 for row in found["controls"])
     with pytest.raises(UserError, match="exists"):
         run(*model, "--output", tmp_path / "control.json")
 
@@ -329,6 +329,26 @@ def test_prompts_are_taken_from_a_file_or_from_the_real_texts(model, tmp_path):
     )
     pairs = [*options, "--guidance", "cfg:scale=2", "--data", tmp_path / "pairs.csv"]
     assert json.loads(run(*pairs).stdout)["prompts"] == 2  # no more than targets
+
+
+def test_the_curve_of_slots_against_the_scale(model, tmp_path):
+    (tmp_path / "meanings.txt").write_text("name : cat | near : tree\nname : zebra\n")
+    options = [*model, "--control", "cfg", "--no-costs", "--json", "--prompts"]
+    scales = ["--scale", "1", "--scale", "2.5"]
+    rows = json.loads(run(*options, tmp_path / "meanings.txt", *scales).stdout)["controls"]
+    assert [row["control"] for row in rows] == ["cfg 1", "cfg 2.5"]
+    assert all(0 <= row["success"] <= 0.5 for row in rows)  # there are no zebras
+    (tmp_path / "prompts.txt").write_text("name : cat\nthe cat\n")
+    with pytest.raises(UserError, match="'the cat' is none"):
+        run(*options, tmp_path / "prompts.txt")
+    with pytest.raises(UserError, match="there is no prompt"):
+        run(*model, "--control", "cfg")
+
+
+def test_slots_are_counted_in_shares(pipe):
+    (trial,) = scale_trials(["name : cat | near : tree"], 2.0, 3)
+    assert (trial.count, trial.prompt) == (3, "name : cat | near : tree")
+    assert share(trial.check, [sample("a cat"), sample("a tree near a cat"), sample("a dog")]) == 0.5
 
 
 def test_a_lexicon_tells_the_share_of_texts_with_its_words(model, tmp_path):
