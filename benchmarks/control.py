@@ -41,6 +41,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ from embdiff.errors import UserError
 from embdiff.evaluation import control
 from embdiff.evaluation.control import Check, Kept, Sample, Sampling, Trial, outcome, share
 from embdiff.evaluation.control import costs as costs_of
-from embdiff.evaluation.judges import Judge, NGramJudge, check_judges, judge_of
+from embdiff.evaluation.judges import Judge, NGramJudge, check_judges, cross_entropy, judge_of
 from embdiff.evaluation.samples import as_written
 from embdiff.evaluation.scorer import Scorer
 from embdiff.guidance import ClassifierFreeGuidance, ClassifierGuidance, Guidance, Length, TopP, Toxicity
@@ -236,13 +237,15 @@ def prompted(
     data: Path,
     model: Path,
     scale: list[float] = typer.Option([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], help="Guidance scales; 1 = off."),
+    space: list[str] = typer.Option(["x0", "logits"], help="Where predictions are combined."),
     meanings: int | None = typer.Option(None, help="Of the validation set; by default all."),
-    seeds: int = typer.Option(2, help="Texts of each meaning."),
+    seeds: int = typer.Option(1, help="Texts of each meaning."),
     steps: int = typer.Option(32, help="Denoising steps."),
     temperature: float = typer.Option(0.5, help="Of the words."),
     results: Path = typer.Option(Path("benchmarks/results/control_prompted.json"), help="Where the figures go."),
 ) -> None:
-    """The share of a meaning's slots that its text realises, against the scale of classifier-free guidance.
+    """The share of a meaning's slots that its text realises, against the scale of classifier-free guidance, in each
+    space, and how likely the texts are to a 5-gram of the training texts.
 
     Standard errors are of meanings.
     """
@@ -251,15 +254,21 @@ def prompted(
     references = references_of(pipe, data / "src1_valid.txt")
     sources = list(references)
     sources = [sources[i] for i in spread(len(sources), meanings or len(sources))]
+    judge = NGramJudge(as_written(pipe.tokenizer, [text for _, text in pairs(data / "src1_train.txt")]))
     sampling = Sampling(steps, options={"temperature": temperature})
+
+    def realised(texts: Sequence[Sequence[str]]) -> dict[str, float]:
+        return over_meanings(sources, texts) | {judge.name: cross_entropy(judge, list(chain.from_iterable(texts)))}
+
     figures: dict[str, Any] = {
         "meanings": len(sources), "seeds": seeds, "steps": steps, "temperature": temperature,
-        "references": over_meanings(sources, [references[source] for source in sources]), "slots_realised": {},
+        "references": realised([references[source] for source in sources]),
+        "slots_realised": {name: {} for name in space},
     }  # fmt: skip
-    for s in scale:
-        drawn = sampling.draw(pipe, sources * seeds, 0, ClassifierFreeGuidance(s))
+    for s, name in product(scale, space):
+        drawn = sampling.draw(pipe, sources * seeds, 0, ClassifierFreeGuidance(s, name))
         by_meaning = [[sample.text for sample in drawn[i :: len(sources)]] for i in range(len(sources))]
-        figures["slots_realised"][f"{s:g}"] = over_meanings(sources, by_meaning)
+        figures["slots_realised"][name][f"{s:g}"] = realised(by_meaning)
         write(results, rounded(figures))
 
 

@@ -508,3 +508,14 @@ def test_toxicity_keeps_no_text_and_compares_prompted_with_prompted(pipe, benchm
         assert row["by_chance"] == pytest.approx(1 - found[row["beside"]]["toxic"])
     assert benchmark.toxic_opening(benchmark.paradetox_rows(tmp_path / "pairs.tsv")) not in text
     assert {path.name for path in run.parent.iterdir()} == {"model", "model-texts.txt"}
+
+
+def test_the_curve_has_a_point_for_each_scale_and_space(e2e, benchmark, tmp_path):
+    options = {"scale": [1.0, 8.0], "space": ["x0", "logits"], "meanings": 6, "seeds": 2, "steps": 3}
+    benchmark.prompted(tmp_path, tmp_path / "model", **options, temperature=0.5, results=tmp_path / "out.json")
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["meanings"] == 4  # all there are
+    curves = found["slots_realised"]
+    assert curves["x0"]["1"] == curves["logits"]["1"]
+    assert curves["x0"]["8"] != curves["logits"]["8"]
+    assert found["references"]["share"] == 1.0
