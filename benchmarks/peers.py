@@ -11,9 +11,11 @@ Each peer is written as its kind is commonly written, without anything that slow
 from __future__ import annotations
 
 import math
+import multiprocessing
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from typing import Any
 
 import diffusers
@@ -72,6 +74,44 @@ class Naive:
             known=known, present=present, positions=torch.cat([self.prompts.positions, text], 1),
         )  # fmt: skip
         return self.denoiser.logits(h[:, C:]).softmax(-1) @ table
+
+
+class Apart:
+    """A call in a process of its own, where nothing is set that ours sets for itself, such as to keep freed memory.
+
+    make: gives what is called there; both it and the arguments are sent there, and of results only that there are any.
+    """
+
+    def __init__(self, make: Callable[[], Callable[..., object]]) -> None:
+        start = multiprocessing.get_context("spawn")
+        self.end, other = start.Pipe()
+        self.process = start.Process(target=served, args=(other, make), daemon=True)
+        self.process.start()
+        other.close()
+
+    def __call__(self, *args: Any) -> None:
+        self.end.send(args)
+        if failed := self.end.recv():
+            raise RuntimeError(failed)
+
+    def __del__(self) -> None:
+        self.process.kill()
+
+
+def served(end: Connection, make: Callable[[], Callable[..., object]]) -> None:
+    """What the process does: a call for each message, until there is nobody any more."""
+    call = make()
+    while True:
+        try:
+            args = end.recv()
+        except EOFError:
+            return
+        try:
+            call(*args)
+        except Exception as error:
+            end.send(f"{type(error).__name__}: {error}")
+        else:
+            end.send("")
 
 
 def nearest(x: Tensor, table: Tensor) -> Tensor:
