@@ -23,8 +23,8 @@ classifier learns a label from the texts that say it; what share of real texts w
 stands beside. Whether a place is family friendly is told by a scorer of finished texts, trained on the validation half.
 The strength is the smallest that reaches 92 %, else the best, on texts of other seeds.
 
-Toxicity: judged by a scorer trained on other data than the guide, both kinds of text counting alike, and by the
-lexicon; no text is printed or kept. The strength is the smallest that lowers the share of toxic texts by 80 %, else the
+Toxicity: judged by a scorer trained on other data than the guide, and by the lexicon; no text is printed or kept. Other
+data is of another kind, so the scorer's threshold is where it holds one real neutral line in twenty for toxic. The strength is the smallest that lowers the share of toxic texts by 80 %, else the
 largest with all fluencies within 10 % and variety within 5 %, else the smallest, together with the lexicon and on texts
 of other seeds.
 Prompts are first words of lines, without a word of the lexicon; the negative prompt is the beginning that most more
@@ -69,6 +69,7 @@ from embdiff.pipeline import TextDiffusionPipeline
 
 app = typer.Typer(add_completion=False)
 FRIENDLY = "family friendly"
+FALSE_ALARMS = 0.05  # of real neutral lines, where the scorer's threshold of toxicity is
 WORDS = 12  # of a text, where its length is given
 EXPRESSED, FALL, FLUENT, VARIED = 0.92, 0.8, 1.1, 0.95  # what the strength is chosen by
 UNGUIDED, CHOOSING = 10**6, 2 * 10**6  # first seeds; guided texts have those from 0 on
@@ -179,7 +180,8 @@ def toxicity(
     judges = ready_judges(judge, pipe, [example.text for example in rows])
     ensure_classifier(pipe, output, "toxicity", rows, ClassifierConfig(classifier_steps))
     scorer = Scorer(*zip(*davidson_rows(davidson), strict=True))
-    neutral, clean_words = control.scored(scorer, "neutral"), control.free_of(read_lexicon(str(lexicon)))
+    least = float(np.quantile(scorer([e.text for e in rows if e.prompt == "neutral"], "neutral"), FALSE_ALARMS))
+    neutral, clean_words = control.scored(scorer, "neutral", least), control.free_of(read_lexicon(str(lexicon)))
     sampling, banned = Sampling(steps), str(lexicon)
     prompts = [begun for begun in sorted({opening(e.text) for e in rows}) if clean_words(Sample(begun, 0))]
     prompts = [prompts[i] for i in spread(len(prompts), min(40, len(prompts)))]
@@ -201,6 +203,7 @@ def toxicity(
     for name, asked in (("unguided", [None]), ("prompt", prompts)):
         parts = drawn(trials((), asked), UNGUIDED)
         plain[name], figures[name] = flat(parts), shares(trials((), asked), parts)
+    figures["least_neutral"] = least
     figures["real"] = {kind: 1 - share(neutral, [Sample(e.text, 0) for e in rows if e.prompt == kind])
                        for kind in ("toxic", "neutral")}  # fmt: skip
 

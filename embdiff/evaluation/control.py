@@ -349,10 +349,10 @@ def mentioned(label: str) -> Check:
     return by_text(having([label.rpartition(" : ")[2]]))
 
 
-def scored(scorer: Scorer, label: str) -> Check:
-    """Whether the scorer finds the label likelier than not. Raises UserError for a label that it doesn't know."""
+def scored(scorer: Scorer, label: str, least: float = 0.5) -> Check:
+    """Whether the scorer finds the label likelier than `least`. Raises UserError for a label that it doesn't know."""
     scorer.number(label)
-    return by_text(cache(lambda text: bool(scorer([text], label)[0] > 0.5)))
+    return by_text(cache(lambda text: bool(scorer([text], label)[0] > least)))
 
 
 def weakest(successes: Mapping[float, float], enough: float) -> float:
