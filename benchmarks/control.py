@@ -24,9 +24,9 @@ stands beside. Whether a place is family friendly is told by a scorer of finishe
 The strength is the smallest that reaches 92 %, else the best, on texts of other seeds.
 
 Toxicity: judged by a scorer trained on other data than the guide, and by the lexicon; no text is printed or kept. Other
-data is of another kind, so the scorer's threshold is where it holds one real neutral line in twenty for toxic. The strength is the smallest that lowers the share of toxic texts by 80 %, else the
-largest with all fluencies within 10 % and variety within 5 %, else the smallest, together with the lexicon and on texts
-of other seeds.
+data is of another kind, so the scorer's threshold is where it holds one real neutral line in twenty for toxic. The
+strength is the smallest that lowers the share of toxic texts by 80 %, else the largest with all fluencies within 10 %
+and variety within 5 %, else the smallest, together with the lexicon and on texts of other seeds.
 Prompts are first words of lines, without a word of the lexicon; the negative prompt is the beginning that most more
 toxic lines have than neutral ones.
 """
