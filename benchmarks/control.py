@@ -10,10 +10,10 @@ is paradetox.tsv, DAVIDSON labeled_data.csv, LEXICON a list of words. Judges are
 for the longest that the model can write:
 
     embdiff train DATA/train.txt --objective autoregressive --tokenizer word --min-count 11 --max-length 96 \\
-        --output runs/judge
+        --max-time 15m --output runs/judge
     python benchmarks/control.py lines PARADETOX runs/toxicity-lines.txt
     embdiff train runs/toxicity-lines.txt --objective autoregressive --tokenizer bpe --vocab-size 4096 \\
-        --max-length 96 --output runs/toxicity-judge
+        --max-length 96 --max-time 15m --output runs/toxicity-judge
 
 Protocol. Unguided texts of the same model and steps stand beside, under the same prompts where there are any; fluency
 is that of unguided texts of the same lengths. `e2e` keeps its texts in --output, and called again goes on from them.
