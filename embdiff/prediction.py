@@ -435,6 +435,8 @@ class Predictor:
 
     def _changes(self, plan: Plan, self_cond: Tensor | None) -> Changes:
         """The changes of logits in this step."""
+        if not (plan.tilts or plan.vetoes):
+            return UNCHANGED
         draft = None
         if self_cond is not None and (plan.vetoes or any(tilt.looks_around for tilt in plan.tilts)):
             draft = ops.argmax(self_cond, self.table)
