@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from embdiff import ops, vocabulary
 from embdiff.batches import Batch, Prompts
-from embdiff.denoiser import Block, Condition, Context, attention_mask, rms_norm, through_blocks
+from embdiff.denoiser import Block, Condition, Context, Rotary, attention_mask, rms_norm, through_blocks
 from embdiff.errors import UserError, reason
 from embdiff.losses import Network, prompt_context
 from embdiff.space import EmbeddingSpace
@@ -44,6 +44,7 @@ class Baseline(ModelMixin, ConfigMixin):  # type: ignore[misc]
         super().__init__()
         self.space = EmbeddingSpace(vocab_size, width)
         self.blocks = nn.ModuleList([Block(width, heads, condition_width=1) for _ in range(depth)])
+        self.rotary = Rotary(width // heads)
         self.final = nn.Linear(1, 2 * width, bias=False)
         nn.init.zeros_(self.final.weight)
 
@@ -60,12 +61,13 @@ class Baseline(ModelMixin, ConfigMixin):  # type: ignore[misc]
         raise NotImplementedError
 
     def _encode(
-        self, x: Tensor, positions: Tensor, mask: Tensor | None, context: Context | None
+        self, x: Tensor, positions: Tensor | None, mask: Tensor | None, context: Context | None
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Last hidden state [B, L, W] of inputs x [B, L, W], and the keys and values of every block."""
         x = x.to(self.final.weight.dtype)
         condition = Condition(x.new_ones(1, 1, 1), x.new_ones(1), None)
-        return through_blocks(self.blocks, self.final, x, condition, positions, mask, context)
+        rotation = self.rotary(x.shape[1], positions)
+        return through_blocks(self.blocks, self.final, x, condition, rotation, mask, context)
 
     def _prompt_context(self, prompts: Prompts | None, count: int) -> Context | None:
         """The encoded prompts of `count` samples."""
@@ -114,8 +116,7 @@ class AutoregressiveModel(Baseline):
         """Features h [B, L, W] of texts ids [B, L]; h[:, j] is for token j and depends on the tokens before it only."""
         B, L = ids.shape
         x = torch.cat([self._start(B), self.space.embed(ids[:, :-1])], 1)
-        positions = torch.arange(L, device=ids.device)[None]
-        return self._encode(x, positions, causal_mask(L, context, ids.device), context)[0]
+        return self._encode(x, None, causal_mask(L, context, ids.device), context)[0]
 
     def log_probs(self, batch: Batch, network: Network | None = None) -> Tensor:
         """log p(token | prompt, tokens before it) [B, L] in nats, at most 0; 0 where nothing is predicted.
@@ -227,8 +228,7 @@ class MaskedModel(Baseline):
         """Features h [B, L, W] of texts ids [B, L], of which `masked` [B, L] bool is not seen."""
         x = torch.where(masked[..., None], rms_norm(self.mask), self.space.embed(ids))
         L = ids.shape[1]
-        positions = torch.arange(L, device=ids.device)[None]
-        return self._encode(x, positions, attention_mask(L, context, None, None), context)[0]
+        return self._encode(x, None, attention_mask(L, context, None, None), context)[0]
 
     def logits(self, h: Tensor) -> Tensor:
         """All logits [.., V] of features h [.., W]."""

@@ -36,6 +36,7 @@ SIZES: dict[str, dict[str, int]] = {
     "medium": {"dim": 64, "width": 512, "depth": 8, "heads": 8},
     "base": {"dim": 128, "width": 768, "depth": 12, "heads": 12},
 }
+KEPT = 1024  # positions of which rotations are kept
 
 
 class Context(NamedTuple):
@@ -149,6 +150,7 @@ class Denoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.condition = GammaCondition(condition_width)
         self.context_condition = nn.Parameter(torch.zeros(condition_width))
         self.blocks = nn.ModuleList([Block(width, heads, condition_width) for _ in range(depth)])
+        self.rotary = Rotary(width // heads)
         self.final = nn.Linear(condition_width, 2 * width, bias=False)
         self.head = nn.Linear(width, vocab_size, bias=False)
         # The share of the matched filter in the logits; training ramps it up from 0 to 1.
@@ -244,10 +246,9 @@ class Denoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 self_cond = self_cond.masked_fill(known[..., None], 0.0)
             x = x + self.embed_self_cond(self_cond.to(dtype))
         condition = Condition(self.condition(gamma.reshape(len(gamma), -1).float()), self.context_condition, known)
-        if positions is None:
-            positions = torch.arange(L, device=z.device)[None]
         mask = attention_mask(L, context, known, present) if places is None else places.mask(context)
-        return through_blocks(self.blocks, self.final, x, condition, positions, mask, context, places)
+        rotation = self.rotary(L, positions)
+        return through_blocks(self.blocks, self.final, x, condition, rotation, mask, context, places)
 
 
 class GammaCondition(nn.Module):
@@ -332,7 +333,7 @@ def through_blocks(
     final: nn.Module,
     x: Tensor,
     condition: Condition,
-    positions: Tensor,
+    rotation: tuple[Tensor, Tensor],
     mask: Tensor | None,
     context: Context | None,
     places: Places | None = None,
@@ -340,9 +341,8 @@ def through_blocks(
     """x [B, L, W], or [1, R, W] at some places, through the blocks and the last modulation, and the keys and values
     [B, H, L, W / H] of every block.
 
-    positions: [B or 1, L]; mask: [B or 1, 1, L or 1, C + L], see `attention_mask`.
+    rotation: see `Rotary`; mask: [B or 1, 1, L or 1, C + L], see `attention_mask`.
     """
-    rotation = rotary(positions, cast(Block, blocks[0]).head_width)
     keys, values = [], []
     for i, block in enumerate(blocks):
         past = None if context is None else (context.keys[i], context.values[i])
@@ -366,11 +366,37 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return rms_norm(x) * (1 + scale) + shift
 
 
-def rotary(positions: Tensor, head_width: int) -> tuple[Tensor, Tensor]:
-    """cos and sin [B or 1, 1, L, head_width / 2] of rotary position embedding (arXiv:2104.09864)."""
-    rate = 10000.0 ** -(torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32) / head_width)
-    angle = positions[:, None, :, None].float() * rate
-    return angle.cos(), angle.sin()
+class Rotary(nn.Module):
+    """L, positions [B or 1, L] (None = 0 .. L - 1) -> cos and sin [B or 1, 1, L, head_width / 2] of rotary position
+    embedding (arXiv:2104.09864).
+
+    Those of the first positions are kept, for a compiled pass would make them anew in every layer, head and text; in
+    fp32 whatever the model's precision.
+    """
+
+    table: Tensor  # [2, 1, 1, KEPT, head_width / 2]
+
+    def __init__(self, head_width: int) -> None:
+        super().__init__()
+        self.head_width = head_width
+        self.register_buffer("table", self._made(torch.arange(KEPT)[None]), persistent=False)
+
+    def forward(self, length: int, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if positions is None and length > KEPT:
+            positions = torch.arange(length, device=self.table.device)[None]
+        cos, sin = self.table[..., :length, :] if positions is None else self._made(positions)
+        return cos, sin
+
+    def _made(self, positions: Tensor) -> Tensor:
+        """[2, B or 1, 1, L, head_width / 2]"""
+        pairs = torch.arange(0, self.head_width, 2, device=positions.device, dtype=torch.float32)
+        angle = positions[:, None, :, None].float() * 10000.0 ** -(pairs / self.head_width)
+        return torch.stack([angle.cos(), angle.sin()])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.table = self._made(torch.arange(KEPT, device=self.table.device)[None])
+        return self
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:

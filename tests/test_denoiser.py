@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embdiff.denoiser import Context, Denoiser, attention_mask
+from embdiff.denoiser import KEPT, Context, Denoiser, Rotary, attention_mask
 from tests.conftest import lively
 
 B, C, L, V = 3, 5, 7, 30
@@ -194,3 +194,17 @@ def test_autocast_that_takes_norms_in_fp32_makes_features_no_wider(model, monkey
         wide = model(z.float(), gamma.float(), None, self_cond.float())
     assert plain.dtype is wide.dtype is torch.bfloat16
     assert torch.allclose(plain.float(), wide.float(), atol=0.1 * plain.float().std().item())
+
+
+@pytest.mark.parametrize("length", [7, KEPT + 3])
+def test_kept_rotations_are_those_of_their_positions_in_any_precision(length):
+    rotary = Rotary(8)
+    asked = rotary(length, torch.arange(length)[None])
+    for model in (rotary, Rotary(8).to(torch.bfloat16), Rotary(8).to(torch.float64)):
+        for kept, made in zip(model(length), asked, strict=True):
+            assert kept.dtype is torch.float32
+            torch.testing.assert_close(kept, made, rtol=0, atol=1e-6)
+    cos, sin = asked
+    assert cos.shape == (1, 1, length, 4)
+    torch.testing.assert_close(cos**2 + sin**2, torch.ones_like(cos))
+    assert not rotary.state_dict()

@@ -13,7 +13,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from embdiff.denoiser import Block, Condition, GammaCondition, through_blocks
+from embdiff.denoiser import Block, Condition, GammaCondition, Rotary, through_blocks
 from embdiff.errors import UserError
 from embdiff.guidance.base import Gradient, Guidance, Part, Run, check_differentiable
 from embdiff.space import EmbeddingSpace
@@ -46,6 +46,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.embed = nn.Linear(dim, width, bias=False)
         self.condition = GammaCondition(condition_width)
         self.blocks = nn.ModuleList([Block(width, heads, condition_width) for _ in range(depth)])
+        self.rotary = Rotary(width // heads)
         self.final = nn.Linear(condition_width, 2 * width, bias=False)
         self.head = nn.Linear(width, len(labels))
         self.register_buffer("sketch", torch.zeros(SKETCH, dim))
@@ -54,9 +55,8 @@ class NoisyClassifier(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def forward(self, z: Tensor, gamma: Tensor) -> Tensor:
         """Logits [B, K]. gamma: [B]."""
         condition = Condition(self.condition(gamma[:, None].float()), self.head.weight.new_zeros(0), None)
-        positions = torch.arange(z.shape[1], device=z.device)[None]
         x = self.embed(z.to(self.embed.weight.dtype))
-        h, _, _ = through_blocks(self.blocks, self.final, x, condition, positions, None, None)
+        h, _, _ = through_blocks(self.blocks, self.final, x, condition, self.rotary(z.shape[1]), None, None)
         # The largest over the positions: a mean would hide a word among all the others.
         logits: Tensor = self.head(h.amax(1))
         return logits if logits.dtype is torch.float64 else logits.float()
