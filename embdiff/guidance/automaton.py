@@ -6,17 +6,18 @@ Tokens that no language tells apart form a class. States are what the languages 
 by token, ends in a state that all languages accept, and is padding from then on. Given independent probabilities of the
 classes at each position, the probability of each class *given that the text is in all languages* follows from one sum
 forwards and one backwards over the positions (Rabiner 1989, equations 19 to 27), and the best such text from a maximum
-backwards (Viterbi). Both are exact; their cost is L S C, without the vocabulary. Sums backwards are of logs: what a
-text of some hundred tokens must still become may be less probable than any number.
+backwards (Viterbi). Both are exact; their cost is L S C, without the vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from embdiff.errors import UserError
@@ -25,6 +26,8 @@ from embdiff.ops import Classes
 
 MOST_STATES = 20_000
 FLOOR = 1e-6  # of a class's probability: what the model holds for impossible must stay possible
+SCALED = 8  # positions after which hopes are made numbers around 1 again: a product of so many floors is one still
+MOST = 2**24  # numbers held at a time in a sum over positions
 
 
 class Shares(NamedTuple):
@@ -33,6 +36,21 @@ class Shares(NamedTuple):
     classes: Tensor
     end: Tensor
     padding: Tensor
+
+
+class Ways(NamedTuple):
+    """The ways of an automaton with two more states, the last one of texts that are over and that of lost texts.
+
+    states: S + 1, without the lost. targets: [(C + 2) (S + 1)], where each class leads from each state. order, starts:
+    the ways by where they lead, and where those to each state begin. ending: [S + 1, B], which states may end; None
+    where that is so for all samples alike, and `targets` say it.
+    """
+
+    states: int
+    targets: Tensor
+    order: Tensor
+    starts: Tensor
+    ending: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -119,8 +137,95 @@ class Automaton:
             found = found | (self.accepts & reached[:-1]).any(1)
         return found
 
+    @torch.no_grad()
     def marginals(self, shares: Shares) -> Shares:
         """The probabilities given that the text is in all languages, from those of independent positions."""
+        B, L, C = shares.classes.shape
+        size = max(1, MOST // (L * (C + 2) * (len(self.next) + 1)))
+        if size >= B:
+            return self._marginals(shares)
+        parts = list[Shares]()
+        for index in torch.split(torch.arange(B, device=self.next.device), size):
+            own = self if len(self.accepts) == 1 else self.rows(index)
+            parts.append(own._marginals(Shares(*(share[index] for share in shares))))
+        return Shares(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    def _marginals(self, shares: Shares) -> Shares:
+        """`marginals`, by products and sums of probabilities.
+
+        The end of text and padding are two more classes here: the one leads from states that are accepted to a last
+        state, the other stays there.
+        """
+        p = torch.cat([shares.classes, shares.end[..., None], shares.padding[..., None]], -1)
+        p = p.double().clamp(min=FLOOR).permute(1, 2, 0)[:, :, None].contiguous()  # [L, C + 2, 1, B]
+        L, C, _, B = p.shape
+        ways = self._ways
+        S = ways.states
+        # Backwards: how probable it is to be accepted from each state, and by each way on, but for a factor.
+        hopes = p.new_zeros(L + 1, S + 1, B)
+        hopes[L, : S - 1], hopes[L, S - 1] = self.accepts.T, 1.0
+        going = p.new_empty(L, C, S, B)
+        # In pieces beforehand, for there is so little to do at each position that to take them there would tell.
+        own, each, flat, later = hopes[:, :S].unbind(), going.unbind(), going.view(L, C * S, B).unbind(), hopes.unbind()
+        for i, share in reversed(list(enumerate(p.unbind()))):
+            torch.index_select(later[i + 1], 0, ways.targets, out=flat[i])
+            each[i].mul_(share)
+            if ways.ending is not None:
+                each[i][-2].mul_(ways.ending)
+            torch.sum(each[i], 0, out=own[i])
+            if i % SCALED == 0:
+                top = own[i].amax(0).clamp(min=FLOOR**SCALED)
+                own[i].div_(top)
+                each[i].div_(top)
+        if bool((hopes[::SCALED] > 0).ne(self._hopeful(L)[::SCALED]).any()):  # less than any number
+            return self._marginals_by_logs(shares)
+        # Forwards: how probable each state is, given that the text is accepted.
+        hopes.clamp_(min=torch.finfo(p.dtype).tiny)
+        here = p.new_zeros(S, B)
+        here[0] = 1.0
+        for i in range(L):
+            each[i].mul_(here.div_(own[i]))
+            here = F.embedding_bag(ways.order, flat[i], ways.starts, mode="sum", include_last_offset=True)
+        marginal = going.sum(2).permute(2, 0, 1).to(shares.classes.dtype)
+        return Shares(marginal[..., :-2], marginal[..., -2], marginal[..., -1])
+
+    @cached_property
+    def _ways(self) -> Ways:
+        """Where each way leads, as `_marginals` needs it."""
+        lost, C = len(self.next) + 1, len(self.sizes)  # the state before is the last one
+        following = torch.where(self.next == lost - 1, lost, self.next).T
+        end = torch.where(self.accepts.any(0), lost - 1, lost)
+        targets = torch.full((C + 2, lost), lost, device=self.next.device)
+        targets[:C, :-1], targets[C, :-1], targets[C + 1, -1] = following, end, lost - 1
+        targets = targets.flatten()
+        ordered = targets.sort(stable=True)
+        starts = torch.searchsorted(ordered.values, torch.arange(lost + 1, device=targets.device))
+        alike = bool((self.accepts == self.accepts[:1]).all())
+        ending = None if alike else F.pad(self.accepts, (0, 1)).T.double()
+        return Ways(lost, targets, ordered.indices, starts, ending)
+
+    @cached_property
+    def _known_hopes(self) -> dict[int, Tensor]:
+        """What `_hopeful` found, by length."""
+        return {}
+
+    def _hopeful(self, length: int) -> Tensor:
+        """[L + 1, S + 2, B or 1] bool: whether a text may still be accepted from each state, at each position."""
+        if length not in self._known_hopes:
+            ways = self._ways
+            accepts = self.accepts if ways.ending is not None else self.accepts[:1]
+            found = accepts.new_zeros(length + 1, ways.states + 1, len(accepts))
+            found[length, : ways.states - 1], found[length, ways.states - 1] = accepts.T, True
+            for i in reversed(range(length)):
+                going = found[i + 1, ways.targets].view(-1, ways.states, len(accepts))
+                if ways.ending is not None:
+                    going[-2] &= ways.ending > 0
+                found[i, : ways.states] = going.any(0)
+            self._known_hopes[length] = found
+        return self._known_hopes[length]
+
+    def _marginals_by_logs(self, shares: Shares) -> Shares:
+        """`marginals` where what a text must still become may be less probable than any number."""
         # Samples last and logs to the base 2, for on a CPU both are several times as fast.
         classes, end, padding = (share.double().clamp(min=FLOOR).log2() for share in shares)
         m = classes.permute(1, 2, 0)[:, :, None]  # [L, C, 1, B]

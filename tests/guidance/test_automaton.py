@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from embdiff.errors import UserError
@@ -81,6 +81,18 @@ def test_what_is_improbable_in_a_long_text_is_planned_all_the_same(language, tex
     assert torch.allclose(whole.sum(-1), torch.ones(2, L, dtype=torch.float64))
     counted = found.classes if language is TokenCount else found.classes[..., automaton.order.tolist().index(0)]
     assert torch.allclose(counted.flatten(1).sum(1), torch.full((2,), float(n), dtype=torch.float64))
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(sorted(LANGUAGES)), st.integers(0, 99), st.sampled_from([1, 2**30]))
+def test_products_and_logs_give_the_same_marginals_in_parts_too(monkeypatch, name, seed, most):
+    monkeypatch.setattr("embdiff.guidance.automaton.MOST", most)
+    L, generator = 21, torch.Generator().manual_seed(seed)
+    found = Automaton.of(LANGUAGES[name], TEXTS, 2, L, "it")
+    shares = (9 * torch.randn(2, L, len(found.sizes) + 2, generator=generator, dtype=torch.float64)).softmax(-1)
+    given_shares = Shares(shares[..., :-2], shares[..., -2], shares[..., -1])
+    for one, other in zip(found.marginals(given_shares), found._marginals_by_logs(given_shares), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
 @given(st.integers(0, 99))
