@@ -395,7 +395,8 @@ class Rotary(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.table = self._made(torch.arange(KEPT, device=self.table.device)[None])
+        if self.table.dtype is not torch.float32:  # else it stays in its place, which recorded graphs know it by
+            self.table = self._made(torch.arange(KEPT, device=self.table.device)[None])
         return self
 
 
