@@ -278,7 +278,7 @@ def fits(predictor: Predictor, gammas: Sequence[float]) -> bool:
     alone."""
 
     def simple(plan: Plan) -> bool:
-        others = plan.tilts or plan.vetoes or plan.gradients or plan.automaton is not None
+        others = plan.tilts or plan.vetoes or plan.gradients or plan.classes is not None
         return not others and len(plan.branches) <= 1 and all(map(linear, plan.branches))
 
     def linear(branch: Branch) -> bool:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from importlib.util import find_spec
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -48,7 +49,7 @@ class Posterior(NamedTuple):
 
 
 class Classes(NamedTuple):
-    """Classes of words. order: the token ids, class after class; sizes: of the classes."""
+    """Classes of words, the tokens that are not kept apart. order: their ids, class after class; sizes: of classes."""
 
     order: Tensor
     sizes: Sequence[int]
@@ -82,8 +83,9 @@ def expectation_reference(
     """The posterior with materialised logits, in the precision of its inputs.
 
     p = softmax(h weight^T). The tokens in `keep` stay as probable as p says; the others share the rest according to
-    p^(1/temperature), changed by the bans and the tilts. Where bans leave no word, `keep` has all. With an empty
-    `keep`, temperature 1, `mean` is softmax(logits) E ("score interpolation", CDCD, arXiv:2211.15089, equation 3).
+    p^(1/temperature), changed by the bans and the tilts. Where there are classes, words are those of a class. Where
+    bans leave no word, `keep` has all. With an empty `keep`, temperature 1, `mean` is softmax(logits) E ("score
+    interpolation", CDCD, arXiv:2211.15089, equation 3).
     """
     logits = h @ weight.T
     ids = list(keep)
@@ -91,7 +93,7 @@ def expectation_reference(
     words = logits / temperature
     words[..., ids] = -torch.inf
     allowed, tilted_words = (x.reshape(words.shape) for x in tilted(words.flatten(0, -2), 0, bans, tilts))
-    kept = all_where_no_word(kept, allowed)
+    kept = all_where_no(has_word(allowed if classes is None else allowed[..., classes.order]), kept)
     if classes is None:
         return Posterior(tilted_words.softmax(-1).nan_to_num() @ table, kept)
     groups, share, asked = by_class(tilted_words, allowed, classes)
@@ -113,12 +115,14 @@ def tilted(words: Tensor, start: int, bans: Sequence[Tilting], tilts: Sequence[T
 
 def has_word(words: Tensor) -> Tensor:
     """[.., 1] bool: whether any of the logits [.., V] is above -inf, and none is NaN."""
+    if not words.shape[-1]:
+        return words.new_zeros((*words.shape[:-1], 1), dtype=torch.bool)
     return words.amax(-1, keepdim=True) > -torch.inf
 
 
-def all_where_no_word(kept: Tensor, words: Tensor) -> Tensor:
-    """Probabilities [.., K] of tokens that are kept apart; where there is no word, they share what there is."""
-    return torch.where(has_word(words), kept, kept / kept.sum(-1, keepdim=True).clamp(min=1e-30))
+def all_where_no(word: Tensor, kept: Tensor) -> Tensor:
+    """Probabilities [.., K] of tokens that are kept apart; where there is no word [.., 1], they share what there is."""
+    return torch.where(word, kept, kept / kept.sum(-1, keepdim=True).clamp(min=1e-30))
 
 
 def by_class(words: Tensor, allowed: Tensor, classes: Classes) -> tuple[Sequence[Tensor], Tensor, Tensor]:
@@ -153,7 +157,8 @@ def expectation(
     """`expectation_reference` in chunks: softmax in fp32, matrix products in the precision of `h`.
 
     keep may be a tensor on the device of `h`, so that nothing is copied there. Where there are neither classes, tilts,
-    bans nor gradients: by a kernel on a GPU, and by blocks of words of a large vocabulary elsewhere.
+    bans nor gradients: by a kernel on a GPU, and by blocks of words of a large vocabulary elsewhere. Classes alone are
+    taken in their order, with each a slice of the logits.
     """
     plain = classes is None and not tilts and not bans and not torch.is_grad_enabled()
     if plain and has_kernels(h.device.type) and len(keep) <= 2:
@@ -168,6 +173,10 @@ def expectation(
         parts = [_by_blocks(part, weight, table, temperature, tokens) for part in torch.split(rows, BLOCK)]
         mean, kept = (torch.cat(column) for column in zip(*parts, strict=True))
         return Posterior(mean.view(*h.shape[:-1], -1), kept.view(*h.shape[:-1], len(ids)))
+    if classes is not None and not tilts and not bans:
+        known = torch.as_tensor(ids, device=h.device, dtype=torch.long)
+        columns = _by_sorted_words(rows, weight, table, temperature, known, classes)
+        return Posterior(*(column.reshape(*h.shape[:-1], *column.shape[1:]) for column in columns))
     sorted_table = None if classes is None else torch.split(table[classes.order], list(classes.sizes))
     found: list[tuple[Tensor, ...]] = []
     size = chunk_rows(h.device.type, len(weight))
@@ -179,11 +188,10 @@ def expectation(
             logits[:, ids] = -torch.inf
         logits = logits if temperature == 1.0 else logits / temperature
         allowed, logits = tilted(logits, start, bans, tilts)
-        if bans:
-            kept = all_where_no_word(kept, allowed)
         if classes is None or sorted_table is None:
             p = logits.softmax(-1)
-            p = p.nan_to_num() if bans else p
+            if bans:
+                kept, p = all_where_no(has_word(allowed), kept), p.nan_to_num()
             found.append(((p.to(h.dtype) @ table).float(), kept))
             continue
         # Class by class, so that the mean of an improbable one is as exact as that of a probable one.
@@ -193,6 +201,7 @@ def expectation(
             for group, rows_of in zip(groups, sorted_table, strict=True)
         )
         each = torch.stack([mean.float() for mean in means], 1)
+        kept = all_where_no(asked.sum(-1, keepdim=True) > 0, kept)
         found.append(((share[..., None] * each).sum(1), kept, asked, each))
     columns = [torch.cat(column) for column in zip(*found, strict=True)]
     return Posterior(*(column.reshape(*h.shape[:-1], *column.shape[1:]) for column in columns))
@@ -232,6 +241,43 @@ def _by_blocks(
     top = torch.cat([best, ends], 1).amax(1, keepdim=True)
     ends = (ends - top).exp_()
     return mean / cold, ends / (plain * (best - top).exp_() + ends.sum(1, keepdim=True))
+
+
+def _by_sorted_words(
+    rows: Tensor, weight: Tensor, table: Tensor, temperature: float, keep: Tensor, classes: Classes
+) -> list[Tensor]:
+    """The posterior of rows [R, H] with classes of words that nothing changes: in their order, each is a slice."""
+    sizes, words, device = list(classes.sizes), len(classes.order), rows.device
+    others = torch.ones(len(weight), dtype=torch.bool, device=device).index_fill(0, classes.order, False)
+    others = others.index_fill(0, keep, False).nonzero()[:, 0]
+    weight = weight[torch.cat([classes.order, keep, others])]
+    table = table[classes.order]
+    ends = list(accumulate(sizes, initial=0))
+    # A class of one word has its logit and its embedding; most are such.
+    single = torch.tensor([c for c, size in enumerate(sizes) if size == 1], dtype=torch.long, device=device)
+    word = torch.tensor(ends, device=device)[single]
+    found: list[tuple[Tensor, ...]] = []
+    for chunk in torch.split(rows, chunk_rows(device.type, len(weight))):
+        logits = F.linear(chunk, weight).float()
+        top = logits.amax(-1, keepdim=True)
+        total = (logits - top).mul_(LOG2_E).exp2_().sum(-1, keepdim=True)
+        kept = (logits[:, words : words + len(keep)] - top).exp() / total
+        kept = kept if words else all_where_no(torch.zeros_like(top, dtype=torch.bool), kept)
+        mass = logits.new_full((len(chunk), len(sizes)), -torch.inf)
+        each = logits.new_zeros((len(chunk), len(sizes), table.shape[1]))
+        mass[:, single] = logits[:, word] / temperature
+        each[:, single] = table[word].float()
+        for c, (first, last) in enumerate(pairwise(ends)):
+            if last - first > 1:
+                group = logits[:, first:last]
+                top = group.amax(-1, keepdim=True)
+                p = (group - top).mul_(LOG2_E / temperature).exp2_()
+                total = p.sum(-1)
+                mass[:, c] = top[:, 0] / temperature + total.log()
+                each[:, c] = (p.to(table.dtype) @ table[first:last]).float() / total[:, None]
+        share = mass.softmax(-1).nan_to_num()
+        found.append(((share[..., None] * each).sum(1), kept, share, each))
+    return [torch.cat(column) for column in zip(*found, strict=True)]
 
 
 def most_probable(

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -25,6 +26,7 @@ from embdiff.denoiser import Context, Denoiser
 from embdiff.errors import UserError
 from embdiff.guidance.automaton import Automaton, Shares, aligned
 from embdiff.guidance.base import (
+    Ban,
     Branch,
     Combine,
     Constraint,
@@ -55,12 +57,24 @@ class Output(NamedTuple):
     rounded: Tensor
 
 
+class Changes(NamedTuple):
+    """What becomes of logits in a step, see `ops.expectation`."""
+
+    tilts: Sequence[ops.Tilting] = ()
+    bans: Sequence[ops.Tilting] = ()
+
+
+UNCHANGED = Changes()
+
+
 class Plan(NamedTuple):
     """What a step does while the same modules are active."""
 
     branches: list[Branch]
     context: Context | None  # of what runs in one batch, see `Predictor._features`
     tilts: list[Tilt]
+    banned: Tensor | None  # [V], 0, or -inf for words that are banned everywhere
+    classes: ops.Classes | None  # of the words that are not; None = all are, or all are alike and none is banned
     vetoes: list[Veto]
     demands: list[tuple[Automaton, float]]  # over the same classes, with their strengths, the weakest first
     gradients: list[Gradient]
@@ -71,15 +85,10 @@ class Plan(NamedTuple):
         """That of the strongest demands."""
         return self.demands[-1][0] if self.demands else None
 
-
-class Changes(NamedTuple):
-    """What becomes of logits in a step, see `ops.expectation`."""
-
-    tilts: Sequence[ops.Tilting] = ()
-    bans: Sequence[ops.Tilting] = ()
-
-
-UNCHANGED = Changes()
+    def whole(self, changes: Changes) -> Changes:
+        """With what is banned everywhere."""
+        always = [] if self.banned is None else [partial(barring, self.banned)]
+        return Changes(changes.tilts, [*always, *changes.bans])
 
 
 class Seen(NamedTuple):
@@ -136,7 +145,7 @@ class Predictor:
         self.modules: list[Guidance] = [module for module, _ in pairs]
         self.parts: list[Part] = [part for _, part in pairs]
         self.temperature = temperature
-        shaped = any(isinstance(part, Tilt | Constraint | Veto) for part in self.parts)
+        shaped = any(isinstance(part, Tilt | Ban | Constraint | Veto) for part in self.parts)
         self.kept = kept if temperature != 1.0 or quantile is not None or length_bias or shaped else ()
         self.skip_padding = skip_padding and bool(self.kept)
         self.seen: Seen | None = None  # where texts are rounded with transitions
@@ -211,7 +220,7 @@ class Predictor:
             for (branch, other), (_, h) in zip(means, by_means, strict=True)
             if branch.denoiser is None
         ]
-        self.see(gamma, main, looked_at, changes, shared, asked)
+        self.see(gamma, main, looked_at, plan.whole(changes), shared, asked)
         return x0
 
     def draws(self, gamma: float) -> bool:
@@ -365,6 +374,8 @@ class Predictor:
         follow = max((constraint.gradient for constraint in constraints), default=0.0)
         if follow:
             check_differentiable(self.denoiser, "the denoiser")
+        banned = self._banned([part for part in parts if isinstance(part, Ban)])
+        demands = self._demands(constraints)
         contexts = [b.context for b in branches if b.denoiser is None]
         if not follow:
             contexts.insert(0, self.run.context)
@@ -372,11 +383,32 @@ class Predictor:
             branches,
             stacked(contexts),
             [part for part in parts if isinstance(part, Tilt)],
+            banned,
+            self._classes(demands[-1][0].classes if demands else None, banned),
             [part for part in parts if isinstance(part, Veto)],
-            self._demands(constraints),
+            demands,
             [part for part in parts if isinstance(part, Gradient) and part.strength],
             follow,
         )
+
+    def _banned(self, bans: Sequence[Ban]) -> Tensor | None:
+        """[V], as in `Plan`."""
+        tokens = sorted({token for ban in bans for token in ban.tokens} - set(self.kept))
+        if not tokens:
+            return None
+        nothing = torch.zeros(self.run.vocabulary, device=self.run.device)
+        return nothing.index_fill(0, torch.tensor(tokens, device=self.run.device), -torch.inf)
+
+    def _classes(self, classes: ops.Classes | None, banned: Tensor | None) -> ops.Classes | None:
+        """As in `Plan`."""
+        if banned is None:
+            return classes
+        free = banned == 0
+        if classes is None:
+            words = free.index_fill(0, self.kept_ids, False).nonzero()[:, 0]
+            return ops.Classes(words, [len(words)])
+        groups = [group[free[group]] for group in torch.split(classes.order, list(classes.sizes))]
+        return ops.Classes(torch.cat(groups), [len(group) for group in groups])
 
     def _demands(self, constraints: list[Constraint]) -> list[tuple[Automaton, float]]:
         """What is asked for with each strength. The strongest comes last: what is certain is not mixed with what was
@@ -434,7 +466,7 @@ class Predictor:
             return z, predicted(self.denoiser, z, gamma, context, last, None if rows is None else rows.clone())
 
     def _changes(self, plan: Plan, self_cond: Tensor | None) -> Changes:
-        """The changes of logits in this step."""
+        """The changes of logits in this step, beside words that are banned everywhere."""
         if not (plan.tilts or plan.vetoes):
             return UNCHANGED
         draft = None
@@ -448,24 +480,36 @@ class Predictor:
         def tilting(tilt: Tilt) -> ops.Tilting:
             return lambda logits, start: tilt.apply(Words(logits, rows[start : start + len(logits)], draft))
 
-        bans = [tilting(tilt) for tilt in plan.tilts if tilt.bans]
-        tilts = [tilting(tilt) for tilt in plan.tilts if not tilt.bans]
+        tilts = [tilting(tilt) for tilt in plan.tilts]
         if draft is None or not plan.vetoes:
-            return Changes(tilts, bans)
+            return Changes(tilts)
         marked, tokens = found(plan.vetoes, draft).flatten(), draft.flatten()
+        if plan.banned is not None:  # the word nearest to a mean may be one without a share in it
+            marked &= plan.banned[tokens] == 0
+        if not bool(marked.any()):
+            return Changes(tilts)
 
         def bar(logits: Tensor, start: int) -> Tensor:
             here = rows[start : start + len(logits)]
             return logits.scatter_add(-1, tokens[here, None], -BARRED * marked[here, None].to(logits))
 
-        return Changes(tilts, [*bans, bar])
+        return Changes(tilts, [bar])
 
     def _posterior(self, h: Tensor, plan: Plan, changes: Changes, denoiser: Denoiser | None = None) -> ops.Posterior:
         """By the head of the denoiser that made the features, in the embeddings of the run's."""
-        automaton = plan.automaton
-        classes = None if automaton is None else automaton.classes
         weight, table = self.outputs[denoiser or self.denoiser].weight, self.outputs[self.denoiser].rounded
-        return ops.expectation(h, weight, table, self.temperature, self.kept_ids, classes, *changes)
+        return self._by_class(h, weight, table, self.temperature, plan, changes)
+
+    def _by_class(
+        self, h: Tensor, weight: Tensor, table: Tensor, temperature: float, plan: Plan, changes: Changes
+    ) -> ops.Posterior:
+        """`ops.expectation`, by class where there are demands."""
+        classes = plan.classes
+        if changes.tilts or changes.bans:
+            classes = None if plan.automaton is None else plan.automaton.classes
+            changes = plan.whole(changes)
+        posterior = ops.expectation(h, weight, table, temperature, self.kept_ids, classes, *changes)
+        return posterior if plan.demands else ops.Posterior(posterior.mean, posterior.kept)
 
     def _slope(self, traced: tuple[Tensor, Tensor], rows: Tensor | None, plan: Plan, changes: Changes) -> Tensor:
         """The gradient [B, L, D] in z of log p(demands | z) through the denoiser's hidden states: what a demand that
@@ -480,8 +524,7 @@ class Predictor:
         (z, h), weight = traced, self.outputs[self.denoiser].weight
         with torch.no_grad():
             # Without tilts, which are of the sampler and not of the model.
-            allowed = ((), changes.bans)
-            before = ops.expectation(h.detach(), weight, weight, 1.0, self.kept_ids, plan.automaton.classes, *allowed)
+            before = self._by_class(h.detach(), weight, weight, 1.0, plan, changes._replace(tilts=()))
             before = before if rows is None else spread(before, rows, z.shape[:2])
             after = before
             for automaton, strength in plan.demands:
@@ -583,6 +626,11 @@ def stacked(contexts: Sequence[Context | None]) -> Context | None:
     if some is None:
         return None
     return Context.stack([some.hidden() if context is None else context for context in contexts])
+
+
+def barring(banned: Tensor, logits: Tensor, start: int) -> Tensor:
+    """Logits [R, V] without the words that are banned everywhere, as an `ops.Tilting`."""
+    return logits + banned
 
 
 def found(vetoes: Sequence[Veto], tokens: Tensor) -> Tensor:

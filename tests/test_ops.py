@@ -61,6 +61,26 @@ def test_keeping_tokens_apart_changes_nothing_at_temperature_one(rows, vocab, se
     assert torch.allclose(kept @ table[[1, 3]] + (1 - kept.sum(-1, keepdim=True)) * mean, plain, atol=1e-9)
 
 
+@given(**sizes, temperature=st.sampled_from([0.5, 1.0]), seen=st.floats(0, 1), spread=st.sampled_from([1.0, 100.0]))
+def test_classes_alone_equal_their_reference_also_where_some_have_no_words(
+    rows, vocab, seed, temperature, seen, spread
+):
+    h, weight, table = problem(rows, vocab, seed)
+    generator = torch.Generator().manual_seed(seed)
+    words = torch.randperm(vocab - 2, generator=generator)[: int(seen * (vocab - 2))] + 2
+    cuts = torch.randint(len(words) + 1, (3,), generator=generator).sort().values
+    sizes = torch.diff(cuts, prepend=torch.tensor([0]), append=torch.tensor([len(words)])).tolist()
+    given_ = (temperature, (0, 1), ops.Classes(words, sizes))
+    fast = ops.expectation(spread * h, weight, table, *given_)
+    exact = ops.expectation_reference(spread * h.double(), weight.double(), table.double(), *given_)
+    # A word in no class is as one that is banned.
+    banned = torch.full((vocab,), -torch.inf).index_fill(0, words, 0.0)
+    given_ = (temperature, (0, 1), None, (), [lambda logits, start: logits + banned])
+    apart = ops.expectation_reference(spread * h.double(), weight.double(), table.double(), *given_)
+    for one, other in zip((*fast, *fast[:2]), (*exact, *apart[:2]), strict=True):
+        assert torch.allclose(one.double(), other, atol=1e-3)
+
+
 @given(**sizes, temperature=st.sampled_from([0.5, 1.0]))
 def test_classes_and_tilts_equal_their_reference_and_classes_add_up(rows, vocab, seed, temperature):
     h, weight, table = problem(rows, vocab, seed)

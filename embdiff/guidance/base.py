@@ -111,15 +111,17 @@ class Words(NamedTuple):
 
 
 class Tilt(NamedTuple):
-    """`apply(words)` gives new logits [R, V]. looks_around: whether it needs the draft.
-
-    bans: whether all it does is to put -inf, on the same words whatever the logits are. Bans come before other tilts,
-    which then choose among the words that are left; where they leave none, none of them acts.
-    """
+    """`apply(words)` gives new logits [R, V]. looks_around: whether it needs the draft."""
 
     apply: Callable[[Words], Tensor]
     looks_around: bool = False
-    bans: bool = False
+
+
+class Ban(NamedTuple):
+    """No position is to have one of these tokens (ids). Bans come before tilts, which then choose among the words that
+    are left; where tilts leave none, none of them acts."""
+
+    tokens: Sequence[int]
 
 
 class Constraint(NamedTuple):
@@ -154,7 +156,7 @@ class Gradient(NamedTuple):
     strength: float
 
 
-Part = Branch | Tilt | Constraint | Veto | Gradient
+Part = Branch | Tilt | Ban | Constraint | Veto | Gradient
 
 
 def check_demand(name: str, strength: float, gradient: float) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from embdiff import vocabulary
 from embdiff.errors import UserError
-from embdiff.guidance.base import Constraint, Guidance, Part, Run, Tilt, Veto, check_demand
+from embdiff.guidance.base import Ban, Constraint, Guidance, Part, Run, Veto, check_demand
 from embdiff.guidance.language import PART, Kept, Phrases, is_word, one_case
 
 
@@ -78,9 +78,7 @@ def without(phrases: Sequence[str], run: Run, called: str | None = None) -> Iter
     banned = matcher(phrases)
     assert banned is not None
     if alone := always(run.tokenizer, tuple(phrases)):
-        bias = torch.zeros(run.vocabulary, device=run.device)
-        bias[list(alone)] = -torch.inf
-        yield Tilt(lambda words: words.logits + bias, bans=True)
+        yield Ban(alone)
     yield Veto(
         finder(banned, run),
         f"without {called or ', '.join(map(repr, phrases))}",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from embdiff import vocabulary
 from embdiff.errors import UserError
-from embdiff.guidance.base import Guidance, Part, Run, Tilt, Veto, Words
+from embdiff.guidance.base import Ban, Guidance, Part, Run, Tilt, Veto, Words
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,8 @@ def parts_of(processor: Any, run: Run) -> Iterable[Part]:
             + (f": use {ours}" if ours else "")
         )
     else:
-        yield Tilt(called(processor), bans=suppresses(processor, run.vocabulary))
+        tokens = suppressed(processor, run.vocabulary)
+        yield Ban(tokens) if tokens else Tilt(called(processor))
 
 
 def called(processor: Any) -> Callable[[Words], Tensor]:
@@ -210,13 +211,14 @@ def called(processor: Any) -> Callable[[Words], Tensor]:
     return apply
 
 
-def suppresses(processor: Any, vocabulary: int) -> bool:
-    """Whether it puts -inf on the same tokens whatever the scores are, and does nothing else."""
+def suppressed(processor: Any, vocabulary: int) -> list[int]:
+    """The tokens that it puts -inf on whatever the scores are; none where it does anything else."""
     scores = 5 * torch.randn(4, vocabulary, generator=torch.Generator().manual_seed(0))
     scores = torch.cat([scores, -scores])
     found = processor(torch.zeros((len(scores), 0), dtype=torch.long), scores.clone())
     out = found == -torch.inf
-    return torch.equal(found, scores.masked_fill(out, -torch.inf)) and bool(out.any() and (out == out[:1]).all())
+    always = torch.equal(found, scores.masked_fill(out, -torch.inf)) and bool((out == out[:1]).all())
+    return out[0].nonzero()[:, 0].tolist() if always else []
 
 
 def looks_back(processor: Any, vocabulary: int) -> bool:

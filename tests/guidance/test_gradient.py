@@ -16,8 +16,9 @@ B, L, GAMMA = 2, 4, 2.5
 def predictor(pipe, *guidance, prompts=(None, None)):
     run = pipe._run(list(prompts), None, 1, L)
     # What no text may have is no part of q: here texts may have all.
-    run.__dict__["pieces"] = [piece or " <unk>" for piece in run.pieces]
-    return Predictor(run, guidance, kept=pipe._kept_tokens())
+    kept = pipe._kept_tokens()
+    run.__dict__["pieces"] = [None if i in kept else piece or " <unk>" for i, piece in enumerate(run.pieces)]
+    return Predictor(run, guidance, kept=kept)
 
 
 def latents(pipe):

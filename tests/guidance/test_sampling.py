@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from embdiff.errors import UserError
 from embdiff.guidance import Lexical, Toxicity
-from embdiff.guidance.base import Run, Words
+from embdiff.guidance.base import Ban, Run, Words
 from embdiff.guidance.sampling import MinP, NoRepeatNgram, Processors, RepetitionPenalty, TopK, TopP, repeated
 
 V = 30
@@ -28,6 +28,8 @@ def run_of(pipe):
 
 def applied(module, pipe, scores, draft=None):
     (part,) = module.parts(run_of(pipe))
+    if isinstance(part, Ban):
+        return scores.index_fill(1, torch.tensor(part.tokens), -torch.inf)
     return part.apply(Words(scores, torch.arange(len(scores)), draft))
 
 
@@ -131,7 +133,8 @@ def test_processors_that_suppress_are_bans(pipe):
         transformers.EpsilonLogitsWarper(0.02),
     ]  # fmt: skip
     parts = list(Processors([*others, *bans]).parts(run_of(pipe)))
-    assert [part.bans for part in parts] == [False] * len(others) + [True]
+    assert [isinstance(part, Ban) for part in parts] == [False] * len(others) + [True]
+    assert list(parts[-1].tokens) == [5, 6]
 
 
 @given(st.lists(st.integers(2, 3), max_size=9), st.integers(1, 3))
