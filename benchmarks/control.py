@@ -281,11 +281,11 @@ def costs(
     model: Path,
     prompted: Path,
     lexicon: Path,
-    steps: int = typer.Option(32, help="Denoising steps."),
+    steps: int = typer.Option(16, help="Denoising steps."),
     solver: str | None = typer.Option(None, help="By default the models' own schedulers."),
     strength: float = typer.Option(1.5, help="Of classifier guidance."),
     gradient: float = typer.Option(2.0, help="Of lexical control, where it is on."),
-    rounds: int = typer.Option(5, help="Of timing."),
+    rounds: int = typer.Option(12, help="Of timing."),
     compile: bool = typer.Option(False, help="Whether the denoiser is compiled, on both sides."),
     results: Path = typer.Option(Path("benchmarks/results/control_costs.json"), help="Where the figures go."),
 ) -> None:

@@ -385,31 +385,35 @@ class Costs(NamedTuple):
 def costs(pipe: TextDiffusionPipeline, trials: Sequence[Trial], sampling: Sampling, rounds: int = 5) -> Costs:
     """What the middle one of the trials costs. Guided and unguided runs take turns, after a round to warm up.
 
-    All sides compute all positions: where padding is skipped, shorter texts would be cheaper, guided or not. The time
-    of steps is what a run takes longer than one of half as many, so that what is done once is left out; a run has two
-    at least.
+    All sides compute all positions: where padding is skipped, shorter texts would be cheaper, guided or not. A side's
+    step is the median one of its run behind the first, which has what is done once; runs have three steps at least.
+    Machines are slower at some times than at others, so only neighbours in time are compared, in changing order.
     """
     trial = trials[len(trials) // 2]
-    whole = replace(sampling, steps=max(2, sampling.steps), options=sampling.options | {"skip_padding": False})
-    half = replace(whole, steps=whole.steps // 2)
+    sides = (trial.guidance, (), outside(trial).guidance)
 
-    def seconds(modules: Sequence[Guidance], runs: Sampling) -> float:
-        start = time.perf_counter()
-        runs.draw(pipe, [trial.prompt] * runs.batch_size, 0, *modules)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
+    def seconds(modules: Sequence[Guidance]) -> tuple[float, float]:
+        """Of a run, and of its median step."""
+        ends = [time.perf_counter()]
 
-    def turn() -> list[float]:
-        sides = (trial.guidance, (), outside(trial).guidance)
-        (guided, plain, beyond), shorter = ([seconds(side, runs) for side in sides] for runs in (whole, half))
-        steps, plain_steps, steps_beyond = (
-            long - short for long, short in zip((guided, plain, beyond), shorter, strict=True)
-        )
-        return [guided / plain, steps / plain_steps, steps_beyond / plain_steps]
+        def ended(*_: Any) -> dict[str, Any]:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            ends.append(time.perf_counter())
+            return {}
+
+        options = sampling.options | {"skip_padding": False, "callback_on_step_end": ended}
+        run = replace(sampling, steps=max(3, sampling.steps), options=options)
+        run.draw(pipe, [trial.prompt] * run.batch_size, 0, *modules)
+        return time.perf_counter() - ends[0], statistics.median(np.diff(ends)[1:])
+
+    def turn(first: int) -> list[float]:
+        found = {i % 3: seconds(sides[i % 3]) for i in range(first, first + 3)}
+        (guided, step), (plain, plain_step), (_, step_beyond) = (found[i] for i in range(3))
+        return [guided / plain, step / plain_step, step_beyond / plain_step]
 
     with settled(pipe):
-        ratios = [turn() for _ in range(rounds + 1)][1:]
+        ratios = [turn(i) for i in range(rounds + 1)][1:]
     quartiles = np.quantile(ratios, (0.5, 0.25, 0.75), axis=0).T.tolist()
     return Costs(*(Cost(*each) for each in quartiles))
 

@@ -159,7 +159,7 @@ def test_nothing_is_tokenised_to_tell_success(pipe, monkeypatch):
 
 class Timed:
     """A pipeline whose runs take 100 s before the first step and 2 s a step; guided ones 150 and 3, and outside the
-    interval 150 and 2. The first six runs take 999 s more."""
+    interval 150 and 2. The first three runs take 999 s more, and in each run the last step 9."""
 
     compile = None
     tokenizer = SimpleNamespace(eos_token_id=0, pad_token_id=0)
@@ -170,7 +170,10 @@ class Timed:
     def __call__(self, prompts, *, guidance, num_inference_steps, **options):
         self.calls.append((len(guidance), options["skip_padding"], self.compile))
         active = any(module.min_gamma < 0 for module in guidance)
-        self.now += 999 * (len(self.calls) <= 6) + 100 + 50 * len(guidance) + num_inference_steps * (2 + active)
+        self.now += 999 * (len(self.calls) <= 3) + 100 + 50 * len(guidance)
+        for step in range(num_inference_steps):
+            self.now += 2 + active + 9 * (step == num_inference_steps - 1)
+            assert options["callback_on_step_end"](self, step, 0, {}) == {}
         return SimpleNamespace(texts=["a"] * len(prompts), sequences=torch.ones(len(prompts), 1))
 
 
@@ -180,24 +183,30 @@ def test_costs_compare_like_with_like(monkeypatch, compile):
     pipe.compile = compile
     monkeypatch.setattr(control.time, "perf_counter", lambda: pipe.now)
     found = costs(pipe, [Trial([Length(words=3)], bool, 1)], Sampling(8, options={"skip_padding": True}), rounds=3)
-    assert found.run == (174 / 116,) * 3
+    assert found.run == (183 / 125,) * 3
     assert (found.step, found.outside) == ((1.5,) * 3, (1.0,) * 3)  # without what a run does once
-    assert [guided for guided, _, _ in pipe.calls] == [1, 0, 1] * 8  # in turns
+    assert [guided for guided, _, _ in pipe.calls] == [1, 0, 1, 0, 1, 1, 1, 1, 0, 1, 0, 1]  # in turns
     assert {call[1:] for call in pipe.calls} == {(False, bool(compile))}
     assert pipe.compile is compile
 
 
-def test_costs_of_a_single_step_are_of_two(monkeypatch):
+def test_costs_of_a_single_step_are_of_three(monkeypatch):
     pipe = Timed()
     monkeypatch.setattr(control.time, "perf_counter", lambda: pipe.now)
-    assert costs(pipe, [Trial([Length(words=3)], bool, 1)], Sampling(1), rounds=1).step.ratio == 1.5
+    assert costs(pipe, [Trial([Length(words=3)], bool, 1)], Sampling(1), rounds=1).step.ratio == 15 / 13
 
 
 def test_cost_is_of_the_median_length(pipe, monkeypatch):
     asked = []
     now = iter(range(9999))
-    monkeypatch.setattr(control.time, "perf_counter", lambda: next(now) ** 2)
-    monkeypatch.setattr(Sampling, "draw", lambda self, pipe, prompts, seed, *modules: asked.extend(modules))
+    monkeypatch.setattr(control.time, "perf_counter", lambda: next(now))
+
+    def draw(self, pipe, prompts, seed, *modules):
+        asked.extend(modules)
+        for step in range(self.steps):
+            self.options["callback_on_step_end"](pipe, step, 0, {})
+
+    monkeypatch.setattr(Sampling, "draw", draw)
     trials = length_trials(pipe, REAL, "words", 9, 1)
     costs(pipe, trials, Sampling(), rounds=1)
     assert {module.words for module in asked} == {np.median([trial.guidance[0].words for trial in trials])}
