@@ -385,7 +385,7 @@ class Predictor:
             [part for part in parts if isinstance(part, Tilt)],
             banned,
             self._classes(demands[-1][0].classes if demands else None, banned),
-            [part for part in parts if isinstance(part, Veto)],
+            [part for part in parts if isinstance(part, Veto) and part.drafts],
             demands,
             [part for part in parts if isinstance(part, Gradient) and part.strength],
             follow,

@@ -140,12 +140,13 @@ class Veto(NamedTuple):
 
     What is marked in the last x0 is not proposed there in this step, and texts are rounded until nothing is marked.
     members: marks [B, L] all tokens of which one must be another; by default those that `find` marks. A constraint may
-    need the one that `find` marks.
+    need the one that `find` marks. drafts: whether steps look for it; they needn't where bans keep all of it out of x0.
     """
 
     find: Callable[[Tensor], Tensor]
     cause: str
     members: Callable[[Tensor], Tensor] | None = None
+    drafts: bool = True
 
 
 class Gradient(NamedTuple):

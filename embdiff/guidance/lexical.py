@@ -79,10 +79,13 @@ def without(phrases: Sequence[str], run: Run, called: str | None = None) -> Iter
     assert banned is not None
     if alone := always(run.tokenizer, tuple(phrases)):
         yield Ban(alone)
+    # A single word lies within a single token then.
+    in_tokens = set_apart(run.tokenizer) and all(len(phrase.split()) == 1 for phrase in phrases)
     yield Veto(
         finder(banned, run),
         f"without {called or ', '.join(map(repr, phrases))}",
         finder(banned, run, whole=True),
+        drafts=not in_tokens,
     )
 
 
@@ -92,11 +95,17 @@ def always(tokenizer: Any, phrases: tuple[str, ...]) -> tuple[int, ...]:
     banned = matcher(phrases)
     assert banned is not None
     texts = [text and text.replace(PART, "_") for text in vocabulary.pieces(tokenizer)]  # it may become a letter
-    if all(text is None or text.startswith(" ") for text in texts):  # no token goes on with another's word
+    if set_apart(tokenizer):
         found = (i for i, text in enumerate(texts) if text and (m := banned.search(f" {text} ")) and m.end() > 1)
     else:
         found = (i for i, text in enumerate(texts) if text and whole_inside(banned, text))
     return tuple(found)
+
+
+@lru_cache(maxsize=16)
+def set_apart(tokenizer: Any) -> bool:
+    """Whether no token goes on with another's word."""
+    return all(text is None or text.startswith(" ") for text in vocabulary.pieces(tokenizer))
 
 
 def matcher(phrases: Sequence[str]) -> re.Pattern[str] | None:

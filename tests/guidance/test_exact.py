@@ -219,6 +219,23 @@ def test_a_piece_that_may_go_on_is_no_word_by_itself(piece_pipe):
     assert not any(matcher([word]).search(text) for text in texts)
 
 
+@given(st.data())
+def test_what_steps_need_not_look_for_is_banned_token_by_token(any_pipe, data):
+    pieces = vocabulary.pieces(any_pipe.tokenizer)
+    words = sorted({text.strip() for text in pieces if text and text.strip()})
+    banned = data.draw(st.lists(st.sampled_from(words), min_size=1, max_size=4))
+    ids = data.draw(st.lists(st.integers(0, len(pieces) - 1), min_size=1, max_size=9))
+    run = Run(any_pipe.denoiser, any_pipe.tokenizer, samples=1, length=len(ids))
+    *bans, veto = Lexical(exclude=banned).parts(run)
+    assert veto.drafts is not all(text is None or text[0] == " " for text in pieces)
+    if not veto.drafts:
+        within = vocabulary.before_end(any_pipe.tokenizer, ids)
+        marked = veto.find(torch.tensor([ids]))[0, : len(within)]
+        assert marked.tolist() == [token in bans[0].tokens for token in within]
+    *_, veto = Lexical(exclude=[*banned, "two words"]).parts(run)
+    assert veto.drafts
+
+
 def test_words_of_bytes_are_excluded_and_kept(byte_pipe):
     tokens = vocabulary.tokens(byte_pipe.tokenizer, "a naïve cat")
     run = Run(byte_pipe.denoiser, byte_pipe.tokenizer, samples=1, length=24)
