@@ -457,22 +457,22 @@ def fast_dtype(device_type: str) -> torch.dtype:
     """bf16 where this device multiplies bf16 matrices faster than fp32 ones, else fp32.
 
     GPUs with compute capability 8 do. Among CPUs it depends on AVX512-BF16 or AMX: without them torch emulates bf16
-    several times slower than fp32. No flag tells for every architecture, so a 10 ms measurement does.
+    several times slower than fp32. No flag tells for every architecture, so a measurement of 20 ms does: the fastest of
+    products that take turns, for on a busy machine many are slow.
     """
     if device_type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if device_type != "cpu":
         return torch.float32
-    return torch.bfloat16 if _matmul_time(torch.bfloat16) < 0.8 * _matmul_time(torch.float32) else torch.float32
+    types = (torch.bfloat16, torch.float32)
+    turns = [[_matmul_time(kind) for kind in types] for _ in range(12)]
+    fast, exact = (min(times) for times in zip(*turns, strict=True))
+    return torch.bfloat16 if fast < 0.8 * exact else torch.float32
 
 
 def _matmul_time(dtype: torch.dtype) -> float:
-    """Seconds for one [512, 256] x [256, 512] product: the best of five, after one to warm up."""
+    """Seconds for one [512, 256] x [256, 512] product."""
     a, b = torch.ones(512, 256, dtype=dtype), torch.ones(256, 512, dtype=dtype)
-    return min(_timed(lambda: a @ b) for _ in range(6))
-
-
-def _timed(run: Callable[[], object]) -> float:
     start = time.perf_counter()
-    run()
+    a @ b
     return time.perf_counter() - start
