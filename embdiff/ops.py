@@ -15,17 +15,18 @@ import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from importlib.util import find_spec
-from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 TRITON = find_spec("triton") is not None
 CHUNK = 256  # rows of logits held at a time
 MOST = 2**26  # numbers of each kind held at a time on a GPU
 BLOCK = 1024  # rows and words of logits held at a time, where a running maximum will do; of few rows, more words
+SMALL = 16  # words of a class, which is then computed together with other such
 LOG2_E = 1 / math.log(2)
 FAINT = 1e-3  # how much of its share a class keeps, for constraints alone, where tilts leave it no word
 FAINTEST = -1e4  # a logit that outweighs no other
@@ -175,8 +176,8 @@ def expectation(
         return Posterior(mean.view(*h.shape[:-1], -1), kept.view(*h.shape[:-1], len(ids)))
     if classes is not None and not tilts and not bans:
         known = torch.as_tensor(ids, device=h.device, dtype=torch.long)
-        columns = _by_sorted_words(rows, weight, table, temperature, known, classes)
-        return Posterior(*(column.reshape(*h.shape[:-1], *column.shape[1:]) for column in columns))
+        flat = _by_sorted_words(rows, weight, table, temperature, known, classes)
+        return Posterior(*(part.reshape(*h.shape[:-1], *part.shape[1:]) for part in flat if part is not None))
     sorted_table = None if classes is None else torch.split(table[classes.order], list(classes.sizes))
     found: list[tuple[Tensor, ...]] = []
     size = chunk_rows(h.device.type, len(weight))
@@ -245,39 +246,55 @@ def _by_blocks(
 
 def _by_sorted_words(
     rows: Tensor, weight: Tensor, table: Tensor, temperature: float, keep: Tensor, classes: Classes
-) -> list[Tensor]:
-    """The posterior of rows [R, H] with classes of words that nothing changes: in their order, each is a slice."""
-    sizes, words, device = list(classes.sizes), len(classes.order), rows.device
-    others = torch.ones(len(weight), dtype=torch.bool, device=device).index_fill(0, classes.order, False)
+) -> Posterior:
+    """The posterior of rows [R, H] with classes of words that nothing changes.
+
+    Words are taken in the order of their classes, small ones first: a large class is a slice of the logits then, and
+    the small ones, of which constraints have many, are another.
+    """
+    words, device, (R, D) = len(classes.order), rows.device, (len(rows), table.shape[1])
+    small = [c for c, size in enumerate(classes.sizes) if size <= SMALL]
+    large = [c for c, size in enumerate(classes.sizes) if size > SMALL]
+    groups = torch.split(classes.order, list(classes.sizes))
+    order = torch.cat([groups[c] for c in small + large])
+    others = torch.ones(len(weight), dtype=torch.bool, device=device).index_fill(0, order, False)
     others = others.index_fill(0, keep, False).nonzero()[:, 0]
-    weight = weight[torch.cat([classes.order, keep, others])]
-    table = table[classes.order]
-    ends = list(accumulate(sizes, initial=0))
-    # A class of one word has its logit and its embedding; most are such.
-    single = torch.tensor([c for c, size in enumerate(sizes) if size == 1], dtype=torch.long, device=device)
-    word = torch.tensor(ends, device=device)[single]
-    found: list[tuple[Tensor, ...]] = []
-    for chunk in torch.split(rows, chunk_rows(device.type, len(weight))):
+    weight, table = weight[torch.cat([order, keep, others])], table[order]
+    sizes = [classes.sizes[c] for c in small]
+    parts = [sum(sizes), *(classes.sizes[c] for c in large)]
+    tables = torch.split(table, parts)
+    made = partial(torch.empty, dtype=torch.float32, device=device)
+    kept, first, mass, each = made(R, len(keep)), made(R, parts[0]), made(R, len(groups)), made(R, len(groups), D)
+    size = chunk_rows(device.type, len(weight))
+    for start, chunk in zip(range(0, R, size), torch.split(rows, size), strict=True):
+        here = slice(start, start + size)
         logits = F.linear(chunk, weight).float()
-        top = logits.amax(-1, keepdim=True)
-        total = (logits - top).mul_(LOG2_E).exp2_().sum(-1, keepdim=True)
-        kept = (logits[:, words : words + len(keep)] - top).exp() / total
-        kept = kept if words else all_where_no(torch.zeros_like(top, dtype=torch.bool), kept)
-        mass = logits.new_full((len(chunk), len(sizes)), -torch.inf)
-        each = logits.new_zeros((len(chunk), len(sizes), table.shape[1]))
-        mass[:, single] = logits[:, word] / temperature
-        each[:, single] = table[word].float()
-        for c, (first, last) in enumerate(pairwise(ends)):
-            if last - first > 1:
-                group = logits[:, first:last]
-                top = group.amax(-1, keepdim=True)
-                p = (group - top).mul_(LOG2_E / temperature).exp2_()
-                total = p.sum(-1)
-                mass[:, c] = top[:, 0] / temperature + total.log()
-                each[:, c] = (p.to(table.dtype) @ table[first:last]).float() / total[:, None]
-        share = mass.softmax(-1).nan_to_num()
-        found.append(((share[..., None] * each).sum(1), kept, share, each))
-    return [torch.cat(column) for column in zip(*found, strict=True)]
+        kept[here] = logits.softmax(-1)[:, words : words + len(keep)]
+        first[here], *others_of = torch.split(logits[:, :words] / temperature, parts, -1)
+        for c, group, own in zip(large, others_of, tables[1:], strict=True):
+            top = group.amax(-1, keepdim=True)
+            p = (group - top).mul_(LOG2_E).exp2_()
+            total = p.sum(-1, keepdim=True)
+            mass[here, c] = (top + total.log())[:, 0]
+            each[here, c] = (p.to(own.dtype) @ own).float() / total
+    if small:
+        mass[:, small], each[:, small] = _side_by_side(first, tables[0].float(), sizes)
+    share = mass.softmax(-1).nan_to_num()
+    kept = kept if words else all_where_no(torch.zeros_like(kept[:, :1], dtype=torch.bool), kept)
+    return Posterior((share[..., None] * each).sum(1), kept, share, each)
+
+
+def _side_by_side(logits: Tensor, table: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The log of the mass [R, C] and the mean embedding [R, C, D] of each of some small classes, whose words have the
+    logits [R, N] and the table [N, D]."""
+    words = torch.arange(len(table), device=logits.device)
+    places = pad_sequence(list(torch.split(words, list(sizes))), padding_value=-1)  # [n, C]
+    group = logits.T[places].masked_fill_((places < 0)[..., None], -torch.inf)  # [n, C, R]
+    top = group.amax(0) if len(places) else group.new_full(group.shape[1:], -torch.inf)
+    p = (group - top.clamp(min=torch.finfo(top.dtype).min)).mul_(LOG2_E).exp2_()
+    total = p.sum(0)
+    means = torch.einsum("ncr,ncd->rcd", p, table[places]) / total.T[..., None].clamp(min=1e-30)
+    return (top + total.log()).T, means
 
 
 def most_probable(
