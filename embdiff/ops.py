@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 TRITON = find_spec("triton") is not None
-CHUNK = 256  # rows of logits held at a time
-MOST = 2**26  # numbers of each kind held at a time on a GPU
+CHUNK = 256  # rows of logits held at a time, or more
+CACHED, MOST = 2**19, 2**26  # numbers of each kind held at a time, on a CPU and on a GPU
 BLOCK = 1024  # rows and words of logits held at a time, where a running maximum will do; of few rows, more words
 SMALL = 16  # words of a class, which is then computed together with other such
 LOG2_E = 1 / math.log(2)
@@ -63,7 +63,7 @@ Tilting = Callable[[Tensor, int], Tensor]
 
 def chunk_rows(device_type: str, columns: int) -> int:
     """Rows held at a time, of so many numbers each: few on a CPU, for its cache, as many as fit on a GPU."""
-    return CHUNK if device_type == "cpu" else max(CHUNK, MOST // columns)
+    return max(CHUNK, (CACHED if device_type == "cpu" else MOST) // columns)
 
 
 def has_kernels(device_type: str) -> bool:
@@ -413,9 +413,8 @@ def argmax(h: Tensor, weight: Tensor) -> Tensor:
         return kernels.argmax(h, weight)
     rows = h.reshape(-1, h.shape[-1])
     weight = weight.to(h.dtype)
-    return torch.cat([F.linear(chunk, weight).max(-1).indices for chunk in torch.split(rows, CHUNK)]).reshape(
-        h.shape[:-1]
-    )
+    chunks = torch.split(rows, chunk_rows(h.device.type, len(weight)))
+    return torch.cat([F.linear(chunk, weight).max(-1).indices for chunk in chunks]).reshape(h.shape[:-1])
 
 
 def cross_entropy_reference(h: Tensor, weight: Tensor, target: Tensor) -> Tensor:

@@ -79,13 +79,11 @@ def without(phrases: Sequence[str], run: Run, called: str | None = None) -> Iter
     assert banned is not None
     if alone := always(run.tokenizer, tuple(phrases)):
         yield Ban(alone)
-    # A single word lies within a single token then.
-    in_tokens = set_apart(run.tokenizer) and all(len(phrase.split()) == 1 for phrase in phrases)
     yield Veto(
         finder(banned, run),
         f"without {called or ', '.join(map(repr, phrases))}",
         finder(banned, run, whole=True),
-        drafts=not in_tokens,
+        drafts=any(in_several(run.tokenizer, phrase) for phrase in phrases),
     )
 
 
@@ -106,6 +104,21 @@ def always(tokenizer: Any, phrases: tuple[str, ...]) -> tuple[int, ...]:
 def set_apart(tokenizer: Any) -> bool:
     """Whether no token goes on with another's word."""
     return all(text is None or text.startswith(" ") for text in vocabulary.pieces(tokenizer))
+
+
+def in_several(tokenizer: Any, phrase: str) -> bool:
+    """Whether a text may have the phrase without a token that is it by itself: where no token goes on with another's
+    word, if it is several words, all of which tokens have."""
+    if not set_apart(tokenizer):
+        return True
+    words = one_case(phrase).split()
+    return len(words) > 1 and all(word in spelled(tokenizer) for word in words)
+
+
+@lru_cache(maxsize=16)
+def spelled(tokenizer: Any) -> str:
+    """The texts of all tokens, in one case of letters."""
+    return " ".join(one_case(text) for text in vocabulary.pieces(tokenizer) if text)
 
 
 def matcher(phrases: Sequence[str]) -> re.Pattern[str] | None:

@@ -222,18 +222,24 @@ def test_a_piece_that_may_go_on_is_no_word_by_itself(piece_pipe):
 @given(st.data())
 def test_what_steps_need_not_look_for_is_banned_token_by_token(any_pipe, data):
     pieces = vocabulary.pieces(any_pipe.tokenizer)
-    words = sorted({text.strip() for text in pieces if text and text.strip()})
-    banned = data.draw(st.lists(st.sampled_from(words), min_size=1, max_size=4))
+    words = [*sorted({text.strip() for text in pieces if text and text.strip()}), "unheard"]
+    phrases = st.lists(st.sampled_from(words), min_size=1, max_size=3).map(" ".join)
+    banned = data.draw(st.lists(phrases, min_size=1, max_size=4))
     ids = data.draw(st.lists(st.integers(0, len(pieces) - 1), min_size=1, max_size=9))
     run = Run(any_pipe.denoiser, any_pipe.tokenizer, samples=1, length=len(ids))
     *bans, veto = Lexical(exclude=banned).parts(run)
-    assert veto.drafts is not all(text is None or text[0] == " " for text in pieces)
-    if not veto.drafts:
-        within = vocabulary.before_end(any_pipe.tokenizer, ids)
-        marked = veto.find(torch.tensor([ids]))[0, : len(within)]
-        assert marked.tolist() == [token in bans[0].tokens for token in within]
-    *_, veto = Lexical(exclude=[*banned, "two words"]).parts(run)
-    assert veto.drafts
+    alone = {token for ban in bans for token in ban.tokens}
+    within = vocabulary.before_end(any_pipe.tokenizer, ids)
+    marked = veto.find(torch.tensor([ids]))[0, : len(within)].tolist()
+    assert veto.drafts or marked == [token in alone for token in within]
+
+
+@pytest.mark.parametrize(("phrase", "drafts"), [("cat", False), ("cat unheard", False), ("the cat", True)])
+def test_steps_look_for_what_may_come_of_several_tokens(any_pipe, phrase, drafts):
+    apart = all(text is None or text[0] == " " for text in vocabulary.pieces(any_pipe.tokenizer))
+    run = Run(any_pipe.denoiser, any_pipe.tokenizer, samples=1, length=4)
+    *_, veto = Lexical(exclude=["dog", phrase]).parts(run)
+    assert veto.drafts is (drafts or not apart)
 
 
 def test_words_of_bytes_are_excluded_and_kept(byte_pipe):
