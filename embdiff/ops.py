@@ -269,7 +269,8 @@ def _by_sorted_words(
     for start, chunk in zip(range(0, R, size), torch.split(rows, size), strict=True):
         here = slice(start, start + size)
         logits = F.linear(chunk, weight).float()
-        kept[here] = logits.softmax(-1)[:, words : words + len(keep)]
+        if len(keep):
+            kept[here] = logits.softmax(-1)[:, words : words + len(keep)]
         first[here], *others_of = torch.split(logits[:, :words] / temperature, parts, -1)
         for c, group, own in zip(large, others_of, tables[1:], strict=True):
             top = group.amax(-1, keepdim=True)

@@ -74,7 +74,7 @@ class Plan(NamedTuple):
     context: Context | None  # of what runs in one batch, see `Predictor._features`
     tilts: list[Tilt]
     banned: Tensor | None  # [V], 0, or -inf for words that are banned everywhere
-    classes: ops.Classes | None  # of the words that are not; None = all are, or all are alike and none is banned
+    classes: ops.Classes | None  # of the words that are not; None = all words are alike, and none is banned
     vetoes: list[Veto]
     demands: list[tuple[Automaton, float]]  # over the same classes, with their strengths, the weakest first
     gradients: list[Gradient]
