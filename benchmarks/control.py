@@ -241,6 +241,7 @@ def prompted(
     model: Path,
     scale: list[float] = typer.Option([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], help="Guidance scales; 1 = off."),
     space: list[str] = typer.Option(["x0", "logits"], help="Where predictions are combined."),
+    every: list[int] = typer.Option([1], help="Steps from one unconditional prediction to the next."),
     meanings: int | None = typer.Option(None, help="Of the validation set; by default all."),
     seeds: int = typer.Option(1, help="Texts of each meaning."),
     steps: int = typer.Option(32, help="Denoising steps."),
@@ -266,12 +267,13 @@ def prompted(
     figures: dict[str, Any] = {
         "meanings": len(sources), "seeds": seeds, "steps": steps, "temperature": temperature,
         "references": realised([references[source] for source in sources]),
-        "slots_realised": {name: {} for name in space},
+        "slots_realised": {},
     }  # fmt: skip
-    for s, name in product(scale, space):
-        drawn = sampling.draw(pipe, sources * seeds, 0, ClassifierFreeGuidance(s, name))
+    for s, where, often in product(scale, space, every):
+        drawn = sampling.draw(pipe, sources * seeds, 0, ClassifierFreeGuidance(s, where, often))
         by_meaning = [[sample.text for sample in drawn[i :: len(sources)]] for i in range(len(sources))]
-        figures["slots_realised"][name][f"{s:g}"] = realised(by_meaning)
+        name = where if often == 1 else f"{where}, every {often}"
+        figures["slots_realised"].setdefault(name, {})[f"{s:g}"] = realised(by_meaning)
         write(results, rounded(figures))
 
 

@@ -37,6 +37,7 @@ class ClassifierConfig:
     lr: float = 4e-3
     width: int = 128
     depth: int = 2
+    patch: int = 2
     seed: int = 0
     several: bool = False
     separator: str = "|"
@@ -79,7 +80,7 @@ def train_classifier(
     targets = {name: targets_of(part, labels, config).to(device) for name, part in (("train", train), ("valid", valid))}
     torch.manual_seed(mixed_seed(config.seed, 0x636C73))
     classifier = NoisyClassifier(
-        pipe.denoiser.dim, labels, config.several, config.width, config.depth, heads(config.width)
+        pipe.denoiser.dim, labels, config.several, config.width, config.depth, heads(config.width), patch=config.patch
     ).to(device)
     classifier.remember(pipe.denoiser.space)
     schedule = noise_schedule(dict(pipe.config.fitted_schedule))

@@ -284,7 +284,7 @@ def fits(predictor: Predictor, gammas: Sequence[float]) -> bool:
     def linear(branch: Branch) -> bool:
         # The kernel combines probabilities and means of words; where no tokens are kept apart, the mean is of all.
         apart = branch.space == "logits" or bool(predictor.kept)
-        return branch.denoiser is None and branch.scale is not None and apart
+        return branch.denoiser is None and branch.scale is not None and branch.every == 1 and apart
 
     return not predictor.skip_padding and all(map(simple, distinct(predictor, gammas)[0]))
 

@@ -236,7 +236,8 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
                 if callback_on_step_end is not None:
                     changed = callback_on_step_end(self, i, t, {"latents": z, "x0": x0})
                     if changed and "latents" in changed:
-                        z, predictor.rows, predictor.seen = changed["latents"], None, None  # anything may be there
+                        z = changed["latents"]
+                        predictor.forget()
                 progress.update()
 
         return self._finished(predictor, z, output_type, return_dict)

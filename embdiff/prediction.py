@@ -165,6 +165,9 @@ class Predictor:
         self.vetoes = [part for part in self.parts if isinstance(part, Veto)]
         if self.vetoes and self.automaton is not None:
             self._check(self.automaton)
+        self.turn = 0  # predictions so far
+        self.held: dict[int, tuple[int, Tensor]] = {}  # by branch: the turn, and main - other then, [B L, H]
+        self.stacks: dict[tuple[int, ...], Context | None] = {}  # by branches that are due, with the main prediction
         self.plans: dict[tuple[bool, ...], Plan] = {}
         for gamma in gammas:
             self.plan(gamma)
@@ -182,6 +185,7 @@ class Predictor:
         plan, looked_at = self.plan(gamma), self.rows
         traced = self._traced(z, gamma, self_cond) if plan.follow else None
         main, others = self._features(z, gamma, self_cond, plan, traced)
+        self.turn += 1
         # E[x0 | z, y] = E[x0 | z] + (sigma^2 / alpha) grad log p(y | z), by Tweedie's formula under both. A token makes
         # y likelier by exp(alpha <grad log p(y | z), its embedding>), to first order.
         # With alpha^2 = 1 / (1 + e^g): sigma^2 / alpha^2 = e^g.
@@ -242,6 +246,11 @@ class Predictor:
             self.seen = None
         else:
             self.seen = Seen(transitions, features, rows, changes, others, pull)
+
+    def forget(self) -> None:
+        """What was seen in the last steps, where latents were changed from outside: anything may be there."""
+        self.rows, self.seen = None, None
+        self.held.clear()
 
     def round(self, z: Tensor) -> Tensor:
         """The nearest tokens [B, L] to clean latents z [B, L, D] that fulfil all constraints, and that no veto marks.
@@ -433,19 +442,53 @@ class Predictor:
         self, z: Tensor, gamma: float, self_cond: Tensor | None, plan: Plan, traced: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, list[Tensor]]:
         """Features of the main prediction, unless `_traced` has them, and of each branch: in one batch, apart from
-        those of other denoisers."""
+        those of other denoisers, and those that change little since a step before."""
         nothing = torch.zeros_like(z)
         last = nothing if self_cond is None else self_cond
         own = [branch for branch in plan.branches if branch.denoiser is None]
-        given = [last if branch.self_conditioned else nothing for branch in own]
+        due = [branch for branch in own if self._due(branch)]
+        new = set(map(id, due))
+        given = [last if branch.self_conditioned else nothing for branch in due]
         if traced is None:
             given.insert(0, last)
-        ready = iter(self._together(z, gamma, plan.context, given) if given else ())
+        context = plan.context if len(due) == len(own) else self._stack(due, traced is None)
+        ready = iter(self._together(z, gamma, context, given) if given else ())
         main = next(ready) if traced is None else traced[1].detach()
-        return main, [
-            next(ready) if b.denoiser is None else predicted(b.denoiser, z, gamma, b.context, last, self.rows)
-            for b in plan.branches
-        ]
+
+        def features(branch: Branch) -> Tensor:
+            if branch.denoiser is not None:
+                return predicted(branch.denoiser, z, gamma, branch.context, last, self.rows)
+            return next(ready) if id(branch) in new else self._as_before(branch, main)
+
+        others = list(map(features, plan.branches))
+        for branch, h in zip(plan.branches, others, strict=True):
+            if branch.every > 1 and id(branch) in new:
+                self._hold(branch, main - h)
+        return main, others
+
+    def _due(self, branch: Branch) -> bool:
+        """Whether it is time for a new prediction."""
+        held = self.held.get(id(branch))
+        return held is None or self.turn - held[0] >= branch.every
+
+    def _hold(self, branch: Branch, change: Tensor) -> None:
+        """Keeps main - other, [B, L, H] or [R, H] of the positions that are looked at, for the next steps."""
+        if self.rows is not None:
+            whole = change.new_zeros(self.run.samples * self.run.length, change.shape[-1])
+            change = whole.index_copy(0, self.rows, change)
+        self.held[id(branch)] = self.turn, change.view(-1, change.shape[-1])
+
+    def _as_before(self, branch: Branch, main: Tensor) -> Tensor:
+        """A branch's features, from the main ones and what was held."""
+        change = self.held[id(branch)][1]
+        return main - (change if self.rows is None else change[self.rows]).view_as(main)
+
+    def _stack(self, branches: Sequence[Branch], main: bool) -> Context | None:
+        """Contexts of some branches, and of the main prediction where it is wanted."""
+        key = (int(main), *map(id, branches))
+        if key not in self.stacks:
+            self.stacks[key] = stacked([*[self.run.context] * main, *(branch.context for branch in branches)])
+        return self.stacks[key]
 
     def _together(self, z: Tensor, gamma: float, context: Context | None, given: list[Tensor]) -> Sequence[Tensor]:
         """Features of each x0 that is given, in one batch."""

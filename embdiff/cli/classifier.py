@@ -23,6 +23,7 @@ def train_classifier(
     batch_size: int = typer.Option(64, help="Texts a step."),
     width: int = typer.Option(128, help="Of the Transformer."),
     depth: int = typer.Option(2, help="Layers."),
+    patch: int = typer.Option(2, help="Neighbouring positions that it reads as one; 1 is finer and half as fast."),
     limit: int | None = typer.Option(None, help="Use only the first examples of DATA."),
     seed: int = typer.Option(0, help="Seed of everything random."),
     overwrite: bool = typer.Option(False, help="Replace a classifier of the same name."),
@@ -32,7 +33,7 @@ def train_classifier(
 
     [bold]embdiff train-classifier reviews.csv --label-column sentiment --model runs/mine --name sentiment[/bold]
     """
-    check_counts(max_steps=max_steps, batch_size=batch_size, width=width, depth=depth)
+    check_counts(max_steps=max_steps, batch_size=batch_size, width=width, depth=depth, patch=patch)
     check_seed(seed)
     if not name.replace("-", "").replace("_", "").isalnum():
         raise UserError(f"--name {name!r}: use letters, digits, - and _ alone")
@@ -41,7 +42,7 @@ def train_classifier(
     from embdiff.classification import ClassifierConfig, train_classifier
     from embdiff.data import read_examples
 
-    config = ClassifierConfig(max_steps, batch_size, width=width, depth=depth, seed=seed, several=several)
+    config = ClassifierConfig(max_steps, batch_size, width=width, depth=depth, patch=patch, seed=seed, several=several)
     target = classifier_folder(model, name)
     if target.exists() and not overwrite:
         raise UserError(f"{model} already has a classifier {name!r}: use --overwrite, or another --name")

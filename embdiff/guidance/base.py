@@ -1,11 +1,12 @@
 """The guidance protocol.
 
 Guidance is apart from solvers: a module changes what the denoiser predicts, never how a step is taken. A module is a
-frozen dataclass of options. Before the first step it is told of the run and gives its parts, of which there are five
+frozen dataclass of options. Before the first step it is told of the run and gives its parts, of which there are six
 kinds:
 
     Branch       another prediction, under another prompt or by another denoiser, that is combined with the main one
     Tilt         a change of the logits of words, in closed form
+    Ban          tokens that no position is to have
     Constraint   what every text must be, see `embdiff.guidance.language`: exact in the end, and guiding on the way
     Veto         what no text may have, found in whole texts
     Gradient     of a log-probability in z, added to x0 and, to first order, to the logits of the last rounding
@@ -86,6 +87,8 @@ class Branch(NamedTuple):
     context: what it looks at, None = nothing. denoiser: one of the same space, only for "x0"; None = the run's own.
     self_conditioned: whether it is given the last x0. means: combines mean embeddings [.., D], in place of `combine`.
     scale: where all of it is other + scale (main - other), which fused kernels can do; None = it is something else.
+    every: steps from one prediction to the next, for the run's own denoiser; between, main - other, as features, stays
+        what it was.
     """
 
     combine: Combine
@@ -95,6 +98,7 @@ class Branch(NamedTuple):
     self_conditioned: bool = True
     means: Combine | None = None
     scale: float | None = None
+    every: int = 1
 
 
 class Words(NamedTuple):

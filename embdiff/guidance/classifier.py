@@ -29,6 +29,8 @@ class NoisyClassifier(ModelMixin, ConfigMixin):  # type: ignore[misc]
         labels: K names.
         several: whether a text may have several labels (or none), else it has exactly one.
         width, depth, heads, condition_width: of the Transformer, see `denoiser.Denoiser`.
+        patch: neighbouring positions that it reads as one, as a label needs no finer view: twice as many take half the
+            time.
     """
 
     @register_to_config  # type: ignore[untyped-decorator]
@@ -41,9 +43,10 @@ class NoisyClassifier(ModelMixin, ConfigMixin):  # type: ignore[misc]
         depth: int = 2,
         heads: int = 2,
         condition_width: int = 64,
+        patch: int = 1,
     ) -> None:
         super().__init__()
-        self.embed = nn.Linear(dim, width, bias=False)
+        self.embed = nn.Linear(patch * dim, width, bias=False)
         self.condition = GammaCondition(condition_width)
         self.blocks = nn.ModuleList([Block(width, heads, condition_width) for _ in range(depth)])
         self.rotary = Rotary(width // heads)
@@ -55,11 +58,16 @@ class NoisyClassifier(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def forward(self, z: Tensor, gamma: Tensor) -> Tensor:
         """Logits [B, K]. gamma: [B]."""
         condition = Condition(self.condition(gamma[:, None].float()), self.head.weight.new_zeros(0), None)
-        x = self.embed(z.to(self.embed.weight.dtype))
-        h, _, _ = through_blocks(self.blocks, self.final, x, condition, self.rotary(z.shape[1]), None, None)
+        x = self.embed(self.patches(z).to(self.embed.weight.dtype))
+        h, _, _ = through_blocks(self.blocks, self.final, x, condition, self.rotary(x.shape[1]), None, None)
         # The largest over the positions: a mean would hide a word among all the others.
         logits: Tensor = self.head(h.amax(1))
         return logits if logits.dtype is torch.float64 else logits.float()
+
+    def patches(self, z: Tensor) -> Tensor:
+        """[B, L / patch, patch D]: neighbours side by side; what the last one lacks is 0."""
+        patch = self.config.patch
+        return F.pad(z, (0, 0, 0, -z.shape[1] % patch)).reshape(len(z), -1, patch * z.shape[2])
 
     def log_probability(self, logits: Tensor, label: int) -> Tensor:
         """log p(label) [B] of logits [B, K]."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ class Away(Guidance):
     """Abstract. u + scale (c - u): from the prediction u of one who knows less, past the main one, c.
 
     scale: 1 = off, at most 1e4 in size. space: of mean embeddings ("x0") or of features, and so of logits ("logits").
+    every: 1 to 100 steps from one u to the next; between, c - u stays what it was as features of the denoiser, where
+        it changes slowly (Lv et al. 2024, arXiv:2410.19355, keep parts of it likewise).
     Three remedies against what large scales spoil, for x0, position by position (a text that is rounded with
     transitions follows them as far as they shorten or lengthen c - u):
 
@@ -38,6 +40,7 @@ class Away(Guidance):
 
     scale: float = 2.0
     space: str = "x0"
+    every: int = 1
     rescale: float = 0.0
     parallel: float = 1.0
     radius: float = math.inf
@@ -49,6 +52,8 @@ class Away(Guidance):
             raise UserError(f"guidance scale {self.scale} is {what}: 1 is off, 1.5 to 3 are usual")
         if self.space not in ("x0", "logits"):
             raise UserError(f"guidance space {self.space!r} is unknown: choose x0 or logits")
+        if not 1 <= self.every <= 100:
+            raise UserError(f"every {self.every} is out of range: give 1 (each step) to 100 steps")
         if not (0 <= self.rescale <= 1 and 0 <= self.parallel <= 1 and self.radius > 0):
             raise UserError(
                 f"rescale {self.rescale}, parallel {self.parallel}, radius {self.radius}: "
@@ -62,11 +67,14 @@ class Away(Guidance):
         """Whether no remedy is on."""
         return (self.rescale, self.parallel, self.radius) == (0.0, 1.0, math.inf)
 
-    def branch(self, context: Context | None, denoiser: Denoiser | None = None, **options: Any) -> Branch:
+    def branch(
+        self, context: Context | None, denoiser: Denoiser | None = None, self_conditioned: bool = True
+    ) -> Branch:
         """The branch of who knows less."""
         own = type(self).combine is Away.combine and type(self).combine_means is Away.combine_means
         scale = self.scale if self.linear and own else None
-        return Branch(self.combine, self.space, context, denoiser, means=self.combine_means, scale=scale, **options)
+        means, space = self.combine_means, self.space
+        return Branch(self.combine, space, context, denoiser, self_conditioned, means, scale, self.every)
 
     def combine(self, main: Tensor, other: Tensor) -> Tensor:
         """The guided value, shaped like its arguments."""
@@ -118,6 +126,8 @@ class Autoguidance(Away):
         super().__post_init__()
         if self.model is not None and self.space != "x0":
             raise UserError("the logits of two models are no features of one: leave the model out, or use space x0")
+        if self.model is not None and self.every != 1:
+            raise UserError("every is for what one model predicts: leave it out, or the model")
 
     def parts(self, run: Run) -> Iterable[Part]:
         if self.scale == 1.0:
@@ -131,7 +141,7 @@ class Autoguidance(Away):
         context = run.context
         if weaker is not None and run.prompts is not None:
             context = run.encode(run.prompts, weaker)
-        yield self.branch(context, weaker, self_conditioned=weaker is not None)
+        yield self.branch(context, weaker, weaker is not None)
 
 
 def weaker_denoiser(folder: str, run: Run) -> Denoiser:

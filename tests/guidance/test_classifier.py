@@ -123,6 +123,18 @@ def test_the_slope_is_that_of_the_log_probability(several, against):
         )
 
 
+@given(length=st.integers(1, 9), patch=st.integers(1, 4))
+def test_patches_are_neighbours_side_by_side(length, patch):
+    classifier = NoisyClassifier(3, ["a", "b"], width=16, depth=1, heads=2, patch=patch)
+    z = torch.randn(2, length, 3)
+    found = classifier.patches(z)
+    assert found.shape == (2, -(-length // patch), 3 * patch)
+    assert torch.equal(found.reshape(2, -1, 3)[:, :length], z)
+    assert not found.reshape(2, -1, 3)[:, length:].any()
+    (gradient,) = torch.autograd.grad(classifier(z.requires_grad_(), torch.ones(2))[:, 0].sum(), z)
+    assert gradient.shape == z.shape
+
+
 def test_the_slope_does_not_mind_inference_mode(pipe, cats):
     classifier, _ = cats
     pipe.classifiers["cats"] = classifier

@@ -35,6 +35,13 @@ def test_it_does_nothing_at_scale_one_and_without_a_prompt(pipe):
     assert not list(ClassifierFreeGuidance(2.0).parts(pipe._run([None], None, 1, 12)))
 
 
+def test_seldom_is_for_one_model():
+    with pytest.raises(UserError, match="every 0"):
+        ClassifierFreeGuidance(2.0, every=0)
+    with pytest.raises(UserError, match="leave it out, or the model"):
+        Autoguidance(2.0, every=2, model="weaker")
+
+
 @pytest.mark.parametrize("scale", [math.nan, math.inf])
 def test_a_scale_that_is_not_finite_is_refused(scale):
     with pytest.raises(UserError, match="finite"):
@@ -67,6 +74,57 @@ def test_x0_guidance_combines_means_and_outside_its_interval_nothing_happens(pip
     assert torch.allclose(predict(run, ClassifierFreeGuidance(2.5)), u + 2.5 * (c - u), atol=1e-4)
     assert torch.equal(predict(run, ClassifierFreeGuidance(2.5, max_gamma=0.0)), c)
     assert torch.equal(predict(run, ClassifierFreeGuidance(1.0)), c)
+
+
+@pytest.mark.parametrize(("space", "rows"), [("x0", None), ("logits", None), ("logits", [0, 1, 2, 5, 12, 13])])
+def test_between_two_predictions_of_a_branch_the_change_of_features_is_what_it_was(pipe, space, rows):
+    """Of four predictions the first and the last are new."""
+    z, run = torch.randn(4, 2, 12, 16), run_of(pipe)
+    # Positions are left out where padding is told apart, which a bias this small changes nothing about.
+    ends = (pipe.tokenizer.pad_token_id, pipe.tokenizer.eos_token_id)
+    kept = {"kept": ends, "length_bias": 1e-9} if rows else {}
+    predictor = Predictor(run, [ClassifierFreeGuidance(2.5, space, every=3)], **kept)
+    always = Predictor(run, [ClassifierFreeGuidance(2.5, space)], **kept)
+    batches, call = [], predictor.network.call
+    predictor.network.call = lambda z, *args, **options: batches.append(len(z)) or call(z, *args, **options)
+    found, exact = [], []
+    for i, gamma in enumerate([3.0, 1.0, 0.5, 0.0]):
+        if rows is not None and i < 3:
+            predictor.rows = always.rows = torch.tensor(rows)
+        if i == 3:
+            predictor.rows = always.rows = None
+        found.append(predictor(z[i], gamma, None))
+        exact.append(always(z[i], gamma, None))
+    assert batches == [4, 2, 2, 4]
+    assert torch.equal(found[0], exact[0])
+    assert torch.equal(found[3], exact[3])
+
+    def features(i, gamma, context):
+        where = None if rows is None else torch.tensor(rows)
+        return pipe.denoiser(z[i], torch.full((2 if rows is None else 1,), gamma), context, rows=where)
+
+    first, second = run.context, run.encode(["", ""])
+    change = features(0, 3.0, first) - features(0, 3.0, second)
+    main = features(2, 0.5, first)
+    if space == "logits":
+        expected = pipe.denoiser.x0(main + 1.5 * change)
+    else:
+        mean, other = pipe.denoiser.x0(main), pipe.denoiser.x0(main - change)
+        expected = other + 2.5 * (mean - other)
+    here = found[2].flatten(0, 1)[slice(None) if rows is None else rows]
+    assert torch.allclose(here, expected.view_as(here), atol=1e-4)
+
+
+def test_a_branch_is_predicted_anew_after_its_interval_and_where_latents_were_changed(pipe):
+    z, run = torch.randn(2, 12, 16), run_of(pipe)
+    predictor = Predictor(run, [ClassifierFreeGuidance(2.5, every=3, max_gamma=2.0)])
+    batches, call = [], predictor.network.call
+    predictor.network.call = lambda z, *args, **options: batches.append(len(z)) or call(z, *args, **options)
+    for gamma in (1.0, 5.0, 5.0, 1.0, 1.0):
+        predictor(z, gamma, None)
+    predictor.forget()
+    predictor(z, 1.0, None)
+    assert batches == [4, 2, 2, 4, 2, 4]
 
 
 def test_the_order_of_branches_does_not_matter(pipe):
