@@ -315,6 +315,8 @@ def costs(
         "top-p": (pipe, one(TopP(0.9))),
         "cfg in x0": (other, one(ClassifierFreeGuidance(2.0, "x0"), prompt=source)),
         "cfg in logits": (other, one(ClassifierFreeGuidance(2.0, "logits"), prompt=source)),
+        "cfg in x0, every 2": (other, one(ClassifierFreeGuidance(2.0, "x0", every=2), prompt=source)),
+        "cfg in logits, every 2": (other, one(ClassifierFreeGuidance(2.0, "logits", every=2), prompt=source)),
     }
     figures: dict[str, Any] = {"steps": steps, "compile": compile, "rounds": rounds, "modules": {}}
     for name, (model_pipe, trials) in timed.items():

@@ -185,10 +185,11 @@ def contestants(
     work = flops(shape, words, length) * batch * length
     least, plain_least = work / limits.rate, work / limits.plain_rate
     middle = float(pipe.scheduler.noise_schedule.gamma(0.5))
+    ways: dict[str, dict[str, Any]] = {"": {}, ", half of the steps": {"max_gamma": middle}, ", every 2": {"every": 2}}
     guidance = {
-        f"CFG in {space}{of}": ClassifierFreeGuidance(2.0, space, max_gamma=highest)
+        f"CFG in {space}{way}": ClassifierFreeGuidance(2.0, space, **options)
         for space in ("x0", "logits")
-        for of, highest in (("", math.inf), (", half of the steps", middle))
+        for way, options in ways.items()
     }
 
     @cache
@@ -241,7 +242,7 @@ def contestants(
         yield Cell("masked", n, n * least, partial(unmasking, n))
         yield Cell("ours, prompt", n, n * least, partial(ours, n, PROMPT))
         for name, module in guidance.items():
-            passes = 1.5 if "half" in name else 2
+            passes = 1.5 if "," in name else 2
             yield Cell(f"ours, {name}", n, passes * n * least, partial(ours, n, PROMPT, guidance=[module]))
         yield Cell("naive, CFG", n, 2 * n * plain_least, partial(naive, n, True))
     yield Cell("diffusion-lm", LM_STEPS, LM_STEPS * plain_least, partial(naive, LM_STEPS, False, True))

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embdiff.errors import UserError
-from embdiff.guidance import Lexical, Toxicity
+from embdiff.guidance import Lexical, Toxicity, sampling
 from embdiff.guidance.base import Ban, Run, Words
 from embdiff.guidance.sampling import MinP, NoRepeatNgram, Processors, RepetitionPenalty, TopK, TopP, repeated
 
@@ -44,6 +44,16 @@ def test_they_equal_transformers_own(seed, k, p):
     for ours, theirs in pairs:
         (part,) = ours.parts(FakeRun)
         assert torch.equal(part.apply(Words(scores, torch.arange(8), None)), theirs(None, scores.clone()))
+
+
+@pytest.mark.parametrize("likeliest", [1, 3, 1000])
+def test_a_nucleus_is_the_same_however_many_words_are_sorted_at_first(likeliest, monkeypatch):
+    monkeypatch.setattr(sampling, "LIKELIEST", likeliest)
+    for seed in range(30):
+        p, scores = 0.05 + 0.03 * seed, logits(seed)
+        (part,) = TopP(p).parts(FakeRun)
+        found = part.apply(Words(scores, torch.arange(8), None))
+        assert torch.equal(found, transformers.TopPLogitsWarper(p)(None, scores.clone()))
 
 
 class FakeRun:
