@@ -270,7 +270,7 @@ def prompted(
         "slots_realised": {},
     }  # fmt: skip
     for s, where, often in product(scale, space, every):
-        drawn = sampling.draw(pipe, sources * seeds, 0, ClassifierFreeGuidance(s, where, often))
+        drawn = sampling.draw(pipe, sources * seeds, 0, ClassifierFreeGuidance(s, where, every=often))
         by_meaning = [[sample.text for sample in drawn[i :: len(sources)]] for i in range(len(sources))]
         name = where if often == 1 else f"{where}, every {often}"
         figures["slots_realised"].setdefault(name, {})[f"{s:g}"] = realised(by_meaning)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -40,10 +40,10 @@ class Away(Guidance):
 
     scale: float = 2.0
     space: str = "x0"
-    every: int = 1
     rescale: float = 0.0
     parallel: float = 1.0
     radius: float = math.inf
+    every: int = field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -26,7 +26,7 @@ class Toxicity(Guidance):
 
     name: ClassVar[str] = "toxicity"
 
-    strength: float = 1.5
+    strength: float = 0.5
     classifier: str | None = None
     label: str = "toxic"
     lexicon: str | None = None
