@@ -150,9 +150,9 @@ class Loop:
         lengths = kernels.Lengths(self.inputs.quantile, self.inputs.ends)
         z = self.noise_scale * kernels.normal(self.inputs.seeds, 0, self.length, self.dim)
         before = before_that = nothing = torch.zeros_like(z)
-        draw = 1
+        draw, held = 1, dict[int, tuple[int, Tensor]]()
         for i, row in enumerate(self.rows):
-            found, scale, h = self._parts(z, i, before, nothing)
+            found, scale, h = self._parts(z, i, before, nothing, held)
             z_next, x0 = torch.empty_like(z), torch.empty_like(z)
             kernels.step(
                 found, z, (before, before_that), self.numbers[i], lengths, self.inputs.seeds, draw if row.s else -1,
@@ -164,16 +164,30 @@ class Loop:
             h = self.branches[self.plan_of_step[-1]][0].combine(*h.chunk(2))
         return z, h
 
-    def _parts(self, z: Tensor, i: int, last: Tensor, nothing: Tensor) -> tuple[kernels.Parts, float | None, Tensor]:
+    def _parts(
+        self, z: Tensor, i: int, last: Tensor, nothing: Tensor, held: dict[int, tuple[int, Tensor]]
+    ) -> tuple[kernels.Parts, float | None, Tensor]:
         """The posterior of a step under all its branches, their scale where they are combined afterwards, and the
-        features [B, L, H], of branches too [2 B, L, H], that it was made of."""
+        features [B, L, H], of branches too [2 B, L, H], that it was made of.
+
+        held: the step of each branch's last prediction, and main - other then, see `Predictor`.
+        """
         plan = self.plan_of_step[i]
-        given = [last, *(last if branch.self_conditioned else nothing for branch in self.branches[plan])]
+        branches, context = self.branches[plan], self.inputs.contexts[plan]
+        due = [branch for branch in branches if i - held.get(id(branch), (-branch.every,))[0] >= branch.every]
+        given = [last, *(last if branch.self_conditioned else nothing for branch in due)]
         # Made here: to a compiled network a part of a tensor is another kind of argument than a whole one.
         level = torch.full((len(given) * len(z),), self.gammas[i], device=z.device)
-        h: Tensor = self.call(together([z] * len(given)), level, self.inputs.contexts[plan], together(given))
+        if len(due) < len(branches) and context is not None:
+            context = Context(*(t.contiguous() for t in context.take(slice(len(z)))))
+        h: Tensor = self.call(together([z] * len(given)), level, context, together(given))
         scale = None
-        for branch in self.branches[plan]:
+        for branch in branches:
+            if not due:
+                h = torch.cat([h, h - held[id(branch)][1]])
+            elif branch.every > 1:
+                main, other = h.chunk(2)
+                held[id(branch)] = i, main - other
             if branch.space == "logits":
                 h = branch.combine(*h.chunk(2))
             else:
@@ -284,14 +298,14 @@ def fits(predictor: Predictor, gammas: Sequence[float]) -> bool:
     def linear(branch: Branch) -> bool:
         # The kernel combines probabilities and means of words; where no tokens are kept apart, the mean is of all.
         apart = branch.space == "logits" or bool(predictor.kept)
-        return branch.denoiser is None and branch.scale is not None and branch.every == 1 and apart
+        return branch.denoiser is None and branch.scale is not None and apart
 
     return not predictor.skip_padding and all(map(simple, distinct(predictor, gammas)[0]))
 
 
-def way(branch: Branch) -> tuple[str, float | None, bool]:
+def way(branch: Branch) -> tuple[str, float | None, bool, int]:
     """How a branch is combined, for those that `fits` accepts."""
-    return branch.space, branch.scale, branch.self_conditioned
+    return branch.space, branch.scale, branch.self_conditioned, branch.every
 
 
 def distinct(predictor: Predictor, gammas: Sequence[float]) -> tuple[list[Plan], list[int]]:

@@ -51,6 +51,7 @@ def stepped(scheduler, gammas, predictor, seeds, scale=1.0):
 GUIDANCE = [
     [], [CFG(2.0)], [CFG(-1.0)], [CFG(2.0, space="logits", max_gamma=1.0)], [CFG(1.5, min_gamma=0.0)],
     [Autoguidance(1.5)], [Autoguidance(2.0, space="logits")],
+    [CFG(2.0, every=2)], [CFG(2.0, space="logits", every=3, max_gamma=2.0)], [Autoguidance(1.5, every=2)],
 ]  # fmt: skip
 
 
