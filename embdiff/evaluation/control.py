@@ -386,14 +386,14 @@ def costs(pipe: TextDiffusionPipeline, trials: Sequence[Trial], sampling: Sampli
     """What the middle one of the trials costs. Guided and unguided runs take turns, after a round to warm up.
 
     All sides compute all positions: where padding is skipped, shorter texts would be cheaper, guided or not. A side's
-    step is the mean one of its run behind the first, which has what is done once; runs have three steps at least.
+    step is the median of its run behind the first, which has what is done once; runs have three steps at least.
     Machines are slower at some times than at others, so only neighbours in time are compared, in changing order.
     """
     trial = trials[len(trials) // 2]
     sides = (trial.guidance, (), outside(trial).guidance)
 
     def seconds(modules: Sequence[Guidance]) -> tuple[float, float]:
-        """Of a run, and of its mean step: not all of them need do the same."""
+        """Of a run, and of its median step, two neighbours at a time: not all need do the same."""
         ends = [time.perf_counter()]
 
         def ended(*_: Any) -> dict[str, Any]:
@@ -405,7 +405,8 @@ def costs(pipe: TextDiffusionPipeline, trials: Sequence[Trial], sampling: Sampli
         options = sampling.options | {"skip_padding": False, "callback_on_step_end": ended}
         run = replace(sampling, steps=max(3, sampling.steps), options=options)
         run.draw(pipe, [trial.prompt] * run.batch_size, 0, *modules)
-        return time.perf_counter() - ends[0], float(np.diff(ends)[1:].mean())
+        steps = np.diff(ends)[1:]
+        return time.perf_counter() - ends[0], statistics.median((steps[1:] + steps[:-1]) / 2)
 
     def turn(first: int) -> list[float]:
         found = {i % 3: seconds(sides[i % 3]) for i in range(first, first + 3)}
