@@ -520,11 +520,11 @@ def test_toxicity_keeps_no_text_and_compares_prompted_with_prompted(pipe, benchm
 
 
 def test_the_curve_has_a_point_for_each_scale_and_space(e2e, benchmark, tmp_path):
-    options = {"scale": [1.0, 8.0], "space": ["x0", "logits"], "meanings": 6, "seeds": 2, "steps": 3}
+    options = {"scale": [1.0, 8.0], "space": ["x0", "logits"], "every": [1, 2], "meanings": 6, "seeds": 2, "steps": 3}
     benchmark.prompted(tmp_path, tmp_path / "model", **options, temperature=0.5, results=tmp_path / "out.json")
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["meanings"] == 4  # all there are
     curves = found["slots_realised"]
     assert curves["x0"]["1"] == curves["logits"]["1"]
-    assert curves["x0"]["8"] != curves["logits"]["8"]
+    assert curves["x0"]["8"] != curves["logits"]["8"] != curves["logits, every 2"]["8"]
     assert found["references"]["share"] == 1.0
