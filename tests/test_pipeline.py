@@ -69,6 +69,20 @@ def test_a_negative_prompt_matters_only_with_guidance(pipe):
     assert not torch.equal(text(guidance_scale=3.0), text(guidance_scale=3.0, negative_prompt="a dog"))
 
 
+def test_latents_that_a_callback_gives_are_guided_anew(pipe):
+    def drawn(every, **more):
+        guidance = [ClassifierFreeGuidance(3.0, every=every)]
+        generator = torch.Generator().manual_seed(0)
+        return pipe(
+            "the cat", num_inference_steps=4, guidance=guidance, generator=generator, output_type="latent", **more
+        )
+
+    always = drawn(1).latents
+    assert not torch.allclose(drawn(9).latents, always, atol=1e-3)
+    same = drawn(9, callback_on_step_end=lambda pipe, i, t, seen: {"latents": seen["latents"]}).latents
+    assert torch.equal(same, always)
+
+
 def test_callbacks_see_every_step_and_may_change_the_latents(pipe):
     seen = []
 

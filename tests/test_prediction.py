@@ -1,5 +1,7 @@
 """One guided prediction: what is left out, and that the rest doesn't mind."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from embdiff import ops, prediction, vocabulary
 from embdiff.errors import UserError
 from embdiff.guidance import ClassifierFreeGuidance, Length, Lexical, NoRepeatNgram, RepetitionPenalty, TopK
-from embdiff.guidance.base import Gradient, Guidance, Run
+from embdiff.guidance.base import Ban, Gradient, Guidance, Run, Tilt
 from embdiff.guidance.sampling import repeated
 
 
@@ -34,6 +36,44 @@ class Pull(Guidance):
 
     def parts(self, run):
         yield Gradient(lambda z, gamma: self.gradient, self.strength)
+
+
+@dataclass(frozen=True)
+class Without(Guidance):
+    """No word of some, by a ban or by a tilt to nothing."""
+
+    tokens: tuple[int, ...] = ()
+    by_tilt: bool = False
+
+    def parts(self, run):
+        tokens = torch.tensor(self.tokens)
+        tilt = Tilt(lambda words: words.logits.index_fill(1, tokens, -torch.inf))
+        yield tilt if self.by_tilt else Ban(self.tokens)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "others", [[], [Length(words=3)], [Lexical(["cat"])], [TopK(5)], [ClassifierFreeGuidance(2.0)]]
+)
+def test_a_ban_is_a_tilt_to_nothing_that_comes_first(pipe, others):
+    tokens = tuple(pipe.tokenizer.convert_tokens_to_ids(["dog", "house", "red"]))
+    z, run = torch.randn(2, 12, 16), pipe._run(["the cat .", "a dog"], None, 1, 12)
+
+    def predict(*modules):
+        return prediction.Predictor(run, modules, kept=pipe._kept_tokens())(z, 0.5, None)
+
+    found = predict(*others, Without(tokens))
+    assert torch.allclose(found, predict(Without(tokens, by_tilt=True), *others), atol=1e-4)
+    assert not torch.allclose(found, predict(*others), atol=1e-3)
+
+
+def test_a_text_that_is_rounded_as_a_chain_has_no_banned_word(chained):
+    options = {"num_samples": 4, "num_inference_steps": 2, "generator": torch.Generator().manual_seed(0)}
+    tokens = chained(**options).sequences.unique().tolist()
+    banned = tuple(token for token in tokens if token not in chained._kept_tokens())
+    assert banned
+    found = chained(**options, guidance=[Without(banned)]).sequences.unique().tolist()
+    assert not set(found) & set(banned)
 
 
 @pytest.mark.parametrize("space", [None, "x0", "logits"])
