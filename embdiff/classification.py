@@ -45,6 +45,8 @@ class ClassifierConfig:
     def __post_init__(self) -> None:
         if self.width < 2 or self.width % 2:
             raise UserError(f"width {self.width} is out of range: give an even number")
+        if self.patch < 1:
+            raise UserError(f"patch {self.patch} is out of range: give 1 or more positions")
 
 
 class Accuracy(NamedTuple):

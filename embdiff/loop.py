@@ -185,7 +185,7 @@ class Loop:
         for branch in branches:
             if not due:
                 h = torch.cat([h, h - held[id(branch)][1]])
-            elif branch.every > 1:
+            elif branch.every > 1 and (i or branch.self_conditioned):
                 main, other = h.chunk(2)
                 held[id(branch)] = i, main - other
             if branch.space == "logits":

@@ -462,7 +462,9 @@ class Predictor:
 
         others = list(map(features, plan.branches))
         for branch, h in zip(plan.branches, others, strict=True):
-            if branch.every > 1 and id(branch) in new:
+            # Before there was an x0, what lacks it differs by nothing.
+            telling = branch.self_conditioned or self_cond is not None
+            if branch.every > 1 and id(branch) in new and telling:
                 self._hold(branch, main - h)
         return main, others
 

@@ -387,6 +387,7 @@ def costs(pipe: TextDiffusionPipeline, trials: Sequence[Trial], sampling: Sampli
 
     All sides compute all positions: where padding is skipped, shorter texts would be cheaper, guided or not. A side's
     step is the median of its run behind the first, which has what is done once; runs have three steps at least.
+    Steps are timed one by one, on a GPU launch by launch: a recorded loop has no steps to be seen.
     Machines are slower at some times than at others, so only neighbours in time are compared, in changing order.
     """
     trial = trials[len(trials) // 2]

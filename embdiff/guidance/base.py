@@ -6,7 +6,7 @@ kinds:
 
     Branch       another prediction, under another prompt or by another denoiser, that is combined with the main one
     Tilt         a change of the logits of words, in closed form
-    Ban          tokens that no position is to have
+    Ban          tokens that no position's posterior is to have
     Constraint   what every text must be, see `embdiff.guidance.language`: exact in the end, and guiding on the way
     Veto         what no text may have, found in whole texts
     Gradient     of a log-probability in z, added to x0 and, to first order, to the logits of the last rounding
@@ -122,8 +122,9 @@ class Tilt(NamedTuple):
 
 
 class Ban(NamedTuple):
-    """No position is to have one of these tokens (ids). Bans come before tilts, which then choose among the words that
-    are left; where tilts leave none, none of them acts."""
+    """No position's posterior has one of these tokens (ids). Bans come before tilts, which then choose among the words
+    that are left; where tilts leave none, none of them acts. What must hold in the end whatever the last latents are
+    needs a `Veto` too."""
 
     tokens: Sequence[int]
 

@@ -52,7 +52,7 @@ class Away(Guidance):
             raise UserError(f"guidance scale {self.scale} is {what}: 1 is off, 1.5 to 3 are usual")
         if self.space not in ("x0", "logits"):
             raise UserError(f"guidance space {self.space!r} is unknown: choose x0 or logits")
-        if not 1 <= self.every <= 100:
+        if self.every != int(self.every) or not 1 <= self.every <= 100:
             raise UserError(f"every {self.every} is out of range: give 1 (each step) to 100 steps")
         if not (0 <= self.rescale <= 1 and 0 <= self.parallel <= 1 and self.radius > 0):
             raise UserError(

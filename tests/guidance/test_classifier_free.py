@@ -115,6 +115,17 @@ def test_between_two_predictions_of_a_branch_the_change_of_features_is_what_it_w
     assert torch.allclose(here, expected.view_as(here), atol=1e-4)
 
 
+@pytest.mark.parametrize("space", ["x0", "logits"])
+def test_the_weaker_self_tells_nothing_before_there_is_an_x0(pipe, space):
+    """So the second prediction is new too."""
+    z, last = torch.randn(2, 2, 12, 16)
+    run = pipe._run([None], None, 2, 12)
+    seldom, always = (Predictor(run, [Autoguidance(3.0, space, every=n)]) for n in (9, 1))
+    assert torch.allclose(seldom(z, 1.0, None), Predictor(run)(z, 1.0, None), atol=1e-4)
+    assert torch.equal(seldom(z, 0.3, last), always(z, 0.3, last))
+    assert not torch.allclose(seldom(z, 0.3, last), Predictor(run)(z, 0.3, last), atol=1e-3)
+
+
 def test_a_branch_is_predicted_anew_after_its_interval_and_where_latents_were_changed(pipe):
     z, run = torch.randn(2, 12, 16), run_of(pipe)
     predictor = Predictor(run, [ClassifierFreeGuidance(2.5, every=3, max_gamma=2.0)])
