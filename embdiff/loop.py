@@ -174,7 +174,7 @@ class Loop:
         """
         plan = self.plan_of_step[i]
         branches, context = self.branches[plan], self.inputs.contexts[plan]
-        due = [branch for branch in branches if i - held.get(id(branch), (-branch.every,))[0] >= branch.every]
+        due = [branch for branch in branches if branch.due(held.get(id(branch), (None,))[0], i)]
         given = [last, *(last if branch.self_conditioned else nothing for branch in due)]
         # Made here: to a compiled network a part of a tensor is another kind of argument than a whole one.
         level = torch.full((len(given) * len(z),), self.gammas[i], device=z.device)
@@ -185,7 +185,7 @@ class Loop:
         for branch in branches:
             if not due:
                 h = torch.cat([h, h - held[id(branch)][1]])
-            elif branch.every > 1 and (i or branch.self_conditioned):
+            elif branch.held(first=i == 0):
                 main, other = h.chunk(2)
                 held[id(branch)] = i, main - other
             if branch.space == "logits":

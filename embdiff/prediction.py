@@ -167,7 +167,7 @@ class Predictor:
             self._check(self.automaton)
         self.turn = 0  # predictions so far
         self.held: dict[int, tuple[int, Tensor]] = {}  # by branch: the turn, and main - other then, [B L, H]
-        self.stacks: dict[tuple[int, ...], Context | None] = {}  # by branches that are due, with the main prediction
+        self.stacks: dict[tuple[int, ...], Context | None] = {}  # by what runs in one batch, see `_stack`
         self.plans: dict[tuple[bool, ...], Plan] = {}
         for gamma in gammas:
             self.plan(gamma)
@@ -385,12 +385,9 @@ class Predictor:
             check_differentiable(self.denoiser, "the denoiser")
         banned = self._banned([part for part in parts if isinstance(part, Ban)])
         demands = self._demands(constraints)
-        contexts = [b.context for b in branches if b.denoiser is None]
-        if not follow:
-            contexts.insert(0, self.run.context)
         return Plan(
             branches,
-            stacked(contexts),
+            self._stack([branch for branch in branches if branch.denoiser is None], not follow),
             [part for part in parts if isinstance(part, Tilt)],
             banned,
             self._classes(demands[-1][0].classes if demands else None, banned),
@@ -445,14 +442,12 @@ class Predictor:
         those of other denoisers, and those that change little since a step before."""
         nothing = torch.zeros_like(z)
         last = nothing if self_cond is None else self_cond
-        own = [branch for branch in plan.branches if branch.denoiser is None]
-        due = [branch for branch in own if self._due(branch)]
+        due = [branch for branch in plan.branches if branch.denoiser is None and self._due(branch)]
         new = set(map(id, due))
         given = [last if branch.self_conditioned else nothing for branch in due]
         if traced is None:
             given.insert(0, last)
-        context = plan.context if len(due) == len(own) else self._stack(due, traced is None)
-        ready = iter(self._together(z, gamma, context, given) if given else ())
+        ready = iter(self._together(z, gamma, self._stack(due, traced is None), given) if given else ())
         main = next(ready) if traced is None else traced[1].detach()
 
         def features(branch: Branch) -> Tensor:
@@ -462,16 +457,13 @@ class Predictor:
 
         others = list(map(features, plan.branches))
         for branch, h in zip(plan.branches, others, strict=True):
-            # Before there was an x0, what lacks it differs by nothing.
-            telling = branch.self_conditioned or self_cond is not None
-            if branch.every > 1 and id(branch) in new and telling:
+            if id(branch) in new and branch.held(first=self_cond is None):
                 self._hold(branch, main - h)
         return main, others
 
     def _due(self, branch: Branch) -> bool:
         """Whether it is time for a new prediction."""
-        held = self.held.get(id(branch))
-        return held is None or self.turn - held[0] >= branch.every
+        return branch.due(self.held.get(id(branch), (None,))[0], self.turn)
 
     def _hold(self, branch: Branch, change: Tensor) -> None:
         """Keeps main - other, [B, L, H] or [R, H] of the positions that are looked at, for the next steps."""

@@ -100,6 +100,14 @@ class Branch(NamedTuple):
     scale: float | None = None
     every: int = 1
 
+    def due(self, before: int | None, turn: int) -> bool:
+        """Whether this turn asks for a new prediction. before: the turn of the one that is held, if any."""
+        return before is None or turn - before >= self.every
+
+    def held(self, first: bool) -> bool:
+        """Whether main - other is to be held. At first there is no x0, so what is not given it differs by nothing."""
+        return self.every > 1 and (self.self_conditioned or not first)
+
 
 class Words(NamedTuple):
     """What a tilt may look at.

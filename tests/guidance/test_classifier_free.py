@@ -76,6 +76,13 @@ def test_x0_guidance_combines_means_and_outside_its_interval_nothing_happens(pip
     assert torch.equal(predict(run, ClassifierFreeGuidance(1.0)), c)
 
 
+def watched(predictor):
+    """The sizes of the batches that the network will be given."""
+    batches, call = [], predictor.network.call
+    predictor.network.call = lambda z, *args, **options: batches.append(len(z)) or call(z, *args, **options)
+    return batches
+
+
 @pytest.mark.parametrize(("space", "rows"), [("x0", None), ("logits", None), ("logits", [0, 1, 2, 5, 12, 13])])
 def test_between_two_predictions_of_a_branch_the_change_of_features_is_what_it_was(pipe, space, rows):
     """Of four predictions the first and the last are new."""
@@ -85,8 +92,7 @@ def test_between_two_predictions_of_a_branch_the_change_of_features_is_what_it_w
     kept = {"kept": ends, "length_bias": 1e-9} if rows else {}
     predictor = Predictor(run, [ClassifierFreeGuidance(2.5, space, every=3)], **kept)
     always = Predictor(run, [ClassifierFreeGuidance(2.5, space)], **kept)
-    batches, call = [], predictor.network.call
-    predictor.network.call = lambda z, *args, **options: batches.append(len(z)) or call(z, *args, **options)
+    batches = watched(predictor)
     found, exact = [], []
     for i, gamma in enumerate([3.0, 1.0, 0.5, 0.0]):
         if rows is not None and i < 3:
@@ -129,8 +135,7 @@ def test_the_weaker_self_tells_nothing_before_there_is_an_x0(pipe, space):
 def test_a_branch_is_predicted_anew_after_its_interval_and_where_latents_were_changed(pipe):
     z, run = torch.randn(2, 12, 16), run_of(pipe)
     predictor = Predictor(run, [ClassifierFreeGuidance(2.5, every=3, max_gamma=2.0)])
-    batches, call = [], predictor.network.call
-    predictor.network.call = lambda z, *args, **options: batches.append(len(z)) or call(z, *args, **options)
+    batches = watched(predictor)
     for gamma in (1.0, 5.0, 5.0, 1.0, 1.0):
         predictor(z, gamma, None)
     predictor.forget()
