@@ -328,7 +328,7 @@ def most_probable(
             tilted_logits = tilted_logits.masked_fill(outside, -torch.inf)
         top = tilted_logits.topk(count, -1)
         # A logit in bf16 may be nats away from itself, where noise is low and logits are in the hundreds.
-        exact = (weight[top.indices].float() * chunk[:, None].float()).sum(-1)
+        exact = (F.embedding(top.indices, weight).float() * chunk[:, None].float()).sum(-1)
         found.append((top.values + exact - logits.gather(-1, top.indices), top.indices))
     scores, tokens = (torch.cat(column).reshape(*h.shape[:-1], count) for column in zip(*found, strict=True))
     return scores, tokens

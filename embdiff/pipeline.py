@@ -226,9 +226,14 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
             return self._finished(predictor, ending, output_type, return_dict)
         z = (noise() if first is None else first) * solver.init_noise_sigma
         x0: Tensor | None = None
+        rounded = callback_on_step_end is None and output_type != "latent"
         with self.progress_bar(total=len(gammas)) as progress:
             for i, t in enumerate(solver.timesteps):
-                x0 = predictor(solver.scale_model_input(z, t), gammas[i], x0)
+                seen = solver.scale_model_input(z, t)
+                if rounded and i == len(gammas) - 1 and predictor.ends(seen, gammas[i], x0):
+                    progress.update()
+                    break
+                x0 = predictor(seen, gammas[i], x0)
                 source: dict[str, Any] = {"generator": generators}
                 if isinstance(solver, EmbeddingScheduler):
                     source = {"variance_noise": noise()} if solver.noisy[i] else {}

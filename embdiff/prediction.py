@@ -91,6 +91,19 @@ class Plan(NamedTuple):
         return Changes(changes.tilts, [*always, *changes.bans])
 
 
+class Looked(NamedTuple):
+    """What a prediction is made of, before there are means.
+
+    main: features [B, L, H], or [R, H] of the positions that are looked at, of all branches on logits; others: branches
+    that combine means, with their features; pulls: [B, L, D] of each gradient.
+    """
+
+    main: Tensor
+    others: list[tuple[Branch, Tensor]]
+    changes: Changes
+    pulls: list[Tensor]
+
+
 class Seen(NamedTuple):
     """What the last prediction was made of, from which a text is rounded as a chain.
 
@@ -184,21 +197,7 @@ class Predictor:
         taken yet."""
         plan, looked_at = self.plan(gamma), self.rows
         traced = self._traced(z, gamma, self_cond) if plan.follow else None
-        main, others = self._features(z, gamma, self_cond, plan, traced)
-        self.turn += 1
-        # E[x0 | z, y] = E[x0 | z] + (sigma^2 / alpha) grad log p(y | z), by Tweedie's formula under both. A token makes
-        # y likelier by exp(alpha <grad log p(y | z), its embedding>), to first order.
-        # With alpha^2 = 1 / (1 + e^g): sigma^2 / alpha^2 = e^g.
-        alpha = 1 / math.sqrt(1 + math.exp(gamma))
-        pulls = [alpha * gradient.strength * gradient.of(z, gamma) for gradient in plan.gradients]
-        felt = FELT * torch.stack(pulls).sum(0) if pulls else None
-        by_logits, by_means = (
-            [(branch, h) for branch, h in zip(plan.branches, others, strict=True) if branch.space == space]
-            for space in ("logits", "x0")
-        )
-        by_means = [(branch, pulled(h, felt, looked_at)) for branch, h in by_means]
-        main = pulled(combined(main, [(branch.combine, h) for branch, h in by_logits]), felt, looked_at)
-        changes = self._changes(plan, self_cond)
+        main, by_means, changes, pulls = self._looked(z, gamma, self_cond, plan, traced)
         posterior = self._posterior(main, plan, changes)
         means = [(branch, self._posterior(h, plan, changes, branch.denoiser)) for branch, h in by_means]
         alone, posterior = posterior, guided(posterior, means) if means else posterior
@@ -214,7 +213,7 @@ class Predictor:
         if traced is not None:
             slope = self._slope(traced, looked_at, plan, changes)
             farthest = FARTHEST * math.sqrt(z.shape[-1]) * math.exp(-gamma)
-            asked = ops.limited(alpha * plan.follow * slope, farthest)
+            asked = ops.limited(alpha_of(gamma) * plan.follow * slope, farthest)
             pulls.append(asked)
         x0 = self._x0(posterior, gamma)
         if pulls:
@@ -226,6 +225,18 @@ class Predictor:
         ]
         self.see(gamma, main, looked_at, plan.whole(changes), shared, asked)
         return x0
+
+    def ends(self, z: Tensor, gamma: float, self_cond: Tensor | None) -> bool:
+        """Looks at the last latents of a run, where `round` asks for no more: a chain is made of features, and no mean
+        is needed. False = one is, and nothing was done."""
+        plan = self.plan(gamma)
+        along = all(branch.linear for branch in plan.branches if branch.denoiser is None and branch.space == "x0")
+        if self.denoiser.transitions is None or self.draws(gamma) or self.automaton is not None or not along:
+            return False
+        main, others, changes, _ = self._looked(z, gamma, self_cond, plan)
+        shared = [(branch.combine, h) for branch, h in others if branch.denoiser is None]
+        self.see(gamma, main, self.rows, plan.whole(changes), shared)
+        return True
 
     def draws(self, gamma: float) -> bool:
         """Whether lengths are drawn at this noise level."""
@@ -435,6 +446,25 @@ class Predictor:
 
     # -------------------------------------------------------------------------------------------- its steps
 
+    def _looked(
+        self, z: Tensor, gamma: float, self_cond: Tensor | None, plan: Plan, traced: tuple[Tensor, Tensor] | None = None
+    ) -> Looked:
+        """Everything up to the vocabulary."""
+        main, others = self._features(z, gamma, self_cond, plan, traced)
+        self.turn += 1
+        # E[x0 | z, y] = E[x0 | z] + (sigma^2 / alpha) grad log p(y | z), by Tweedie's formula under both. A token makes
+        # y likelier by exp(alpha <grad log p(y | z), its embedding>), to first order.
+        # With alpha^2 = 1 / (1 + e^g): sigma^2 / alpha^2 = e^g.
+        pulls = [alpha_of(gamma) * gradient.strength * gradient.of(z, gamma) for gradient in plan.gradients]
+        felt = FELT * torch.stack(pulls).sum(0) if pulls else None
+        by_logits, by_means = (
+            [(branch, h) for branch, h in zip(plan.branches, others, strict=True) if branch.space == space]
+            for space in ("logits", "x0")
+        )
+        main = pulled(combined(main, [(branch.combine, h) for branch, h in by_logits]), felt, self.rows)
+        by_means = [(branch, pulled(h, felt, self.rows)) for branch, h in by_means]
+        return Looked(main, by_means, self._changes(plan, self_cond), pulls)
+
     def _features(
         self, z: Tensor, gamma: float, self_cond: Tensor | None, plan: Plan, traced: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, list[Tensor]]:
@@ -604,6 +634,11 @@ def output_of(denoiser: Denoiser) -> Output:
     return output
 
 
+def alpha_of(gamma: float) -> float:
+    """The signal's share of latents at a noise level."""
+    return 1 / math.sqrt(1 + math.exp(gamma))
+
+
 def predicted(
     network: Callable[..., Tensor],
     z: Tensor,
@@ -705,7 +740,7 @@ def combined(main: Tensor, others: Sequence[tuple[Combine, Tensor]]) -> Tensor:
 def as_means(branch: Branch, main: Tensor, other: Tensor) -> Combine:
     """How features are combined by a branch that combines means [.., D]: as it does where that is linear, else along
     their difference, as far as the means moved along theirs."""
-    if branch.means is None or branch.scale is not None:
+    if branch.means is None or branch.linear:
         return branch.combine
     change = main - other
     moved = ((branch.means(main, other) - main) * change).sum(-1, keepdim=True)

@@ -14,6 +14,7 @@ e: the denoiser's logits, taken as they are; a, b: vectors of tokens, learned at
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embdiff import ops
@@ -38,7 +39,8 @@ class Transitions(nn.Module):
 
     def pairs(self, tokens: Tensor) -> Tensor:
         """Scores [B, L - 1, K, K] of all pairs of neighbouring candidates [B, L, K]."""
-        return self.left[tokens[:, :-1]].float() @ self.right[tokens[:, 1:]].float().mT
+        left, right = F.embedding(tokens[:, :-1], self.left), F.embedding(tokens[:, 1:], self.right)
+        return left.float() @ right.float().mT
 
     def most(self) -> Tensor:
         """No pair's score is larger, nor smaller than minus this."""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from embdiff import losses, ops
 from embdiff.batches import Batch
 from embdiff.denoiser import Denoiser
-from embdiff.guidance import Length, Lexical, MinP, NoRepeatNgram, TopK
+from embdiff.guidance import Autoguidance, ClassifierFreeGuidance, Length, Lexical, MinP, NoRepeatNgram, TopK
 from embdiff.guidance.base import Guidance, Run, Tilt
 from embdiff.pipeline import load
 from embdiff.prediction import Predictor
@@ -236,6 +236,32 @@ def test_gradients_pull_words_of_a_chain(chained):
     predictor.see(0.0, features, pull=1e4 * predictor.table[wanted])
     assert torch.equal(predictor.round(z), wanted)
     assert not torch.equal(alone, wanted)
+
+
+@pytest.mark.parametrize(
+    ("guidance", "steps"),
+    [
+        ([], 3),
+        ([ClassifierFreeGuidance(2.0, "logits")], 3),
+        ([ClassifierFreeGuidance(2.0, "x0"), NoRepeatNgram(1), TopK(5)], 3),
+        ([Autoguidance(2.0)], 3),
+        ([ClassifierFreeGuidance(2.0, radius=0.5)], 4),
+        ([Lexical(["dog"])], 4),
+    ],
+)
+@pytest.mark.parametrize("skip_padding", [False, True])
+def test_a_chain_asks_for_no_mean_in_the_last_step(chained, monkeypatch, guidance, steps, skip_padding):
+    """Of what nothing but the text is told, unless a constraint or a branch needs it."""
+    steps_with_means = set[float]()
+    x0 = Predictor._x0
+    monkeypatch.setattr(Predictor, "_x0", lambda *args: steps_with_means.add(args[-1]) or x0(*args))
+    prompts = ["the cat", "a dog", "the red house"]
+    options = {"num_inference_steps": 4, "guidance": guidance, "skip_padding": skip_padding}
+    texts = chained(prompts, generator=seeds(0, 1, 2), **options).texts
+    assert len(steps_with_means) == steps
+    watched = {"callback_on_step_end": lambda *args: None}
+    assert chained(prompts, generator=seeds(0, 1, 2), **options, **watched).texts == texts
+    assert len(steps_with_means) == 4
 
 
 def test_changed_latents_are_rounded_without_a_chain(chained, pipe):

@@ -100,6 +100,11 @@ class Branch(NamedTuple):
     scale: float | None = None
     every: int = 1
 
+    @property
+    def linear(self) -> bool:
+        """Whether means are combined as features are, and not as the means say."""
+        return self.means is None or self.scale is not None
+
     def due(self, before: int | None, turn: int) -> bool:
         """Whether this turn asks for a new prediction. before: the turn of the one that is held, if any."""
         return before is None or turn - before >= self.every
