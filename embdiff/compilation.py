@@ -8,10 +8,10 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import chain
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 def once(say: Callable[[str], None]) -> Callable[[str], None]:
@@ -57,53 +57,6 @@ def compiled(
             return call(*args, **kwargs)
 
     return attempt
-
-
-# Multiplications and additions after which compiling pays: it takes half a minute and then saves a third or more.
-PAYS_AFTER = {"cpu": 4e12, "cuda": 1e16}
-
-
-class Forward:
-    """A denoiser's forward pass for sampling: as it is at first, compiled once it has done so much that this pays.
-
-    Args:
-        denoiser: in whatever precision, on whatever device; both may change.
-        wanted: True = compiled at once, False = never.
-
-    Compiling changes results by rounding only. On a CPU weights are packed for its matrix units then; should they
-    change, it begins anew.
-    """
-
-    def __init__(self, denoiser: nn.Module, wanted: bool | None = None) -> None:
-        self.denoiser, self.wanted = denoiser, wanted
-        self.call: Callable[..., Tensor] = denoiser
-        self.done, self.refused = 0.0, False
-        self.packed: tuple[tuple[int, int], ...] = ()
-        self.weights = sum(p.numel() for p in cast(nn.Module, denoiser.blocks).parameters())
-
-    def __call__(self, z: Tensor, *args: Any, rows: Tensor | None = None) -> Tensor:
-        """The denoiser's features, see `Denoiser.forward`."""
-        self.count(z.shape[0] * z.shape[1] if rows is None else len(rows), z.device.type)
-        return self.call(z, *args) if rows is None else self.call(z, *args, rows=rows)
-
-    def count(self, positions: int, device_type: str) -> None:
-        """Takes note of work done here or elsewhere, and compiles if it is time."""
-        if self.packed and self.packed != versions(self.denoiser):
-            torch._dynamo.reset()  # else the same code with the old constants is found again
-            self.call, self.done, self.packed = self.denoiser, 0.0, ()
-        self.done += 2.0 * self.weights * positions
-        due = self.done > PAYS_AFTER.get(device_type, torch.inf) if self.wanted is None else self.wanted
-        if due and self.call is self.denoiser and not self.refused:
-            self._compile(device_type)
-
-    def _compile(self, device_type: str) -> None:
-        say = once(lambda text: warnings.warn(text, stacklevel=5))
-        self.refused = not can_compile(device_type, say)
-        if self.refused:
-            return
-        pack = device_type == "cpu"
-        self.packed = versions(self.denoiser) if pack else ()
-        self.call = compiled(self.denoiser, say, dynamic=None, pack=pack)
 
 
 def versions(module: nn.Module) -> tuple[tuple[int, int], ...]:

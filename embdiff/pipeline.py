@@ -25,10 +25,10 @@ from transformers import PreTrainedTokenizerBase
 
 from embdiff import baselines, vocabulary
 from embdiff.checkpoint import CLASSIFIERS, classifier_folder
-from embdiff.compilation import Forward
 from embdiff.data import hub_access
 from embdiff.denoiser import Denoiser
 from embdiff.errors import UserError, reason
+from embdiff.forward import Forward
 from embdiff.guidance import ClassifierFreeGuidance, Guidance
 from embdiff.guidance.automaton import Automaton
 from embdiff.guidance.base import Constraint, Run
@@ -70,6 +70,7 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     compile: set it to True to compile the denoiser at once, to False never to; None = once it has worked for about a
     minute.
+    int8: set it to True to take the products of layers and head in 8 bits (see `embdiff.forward.Int8Linear`), on a CPU.
     """
 
     denoiser: Denoiser
@@ -77,6 +78,7 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
     scheduler: Any
 
     compile: bool | None = None
+    int8: bool = False
     _num_timesteps: int
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "x0"]
 
@@ -270,9 +272,10 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     def _network(self) -> Forward:
         """The denoiser's forward pass, that of the denoiser in use."""
-        known = self._forward
-        if known is None or known.denoiser is not self.denoiser or known.wanted is not self.compile:
-            known = self._forward = Forward(self.denoiser, self.compile)
+        known, int8 = self._forward, self.int8 and self.device.type == "cpu"
+        if known is None or (known.denoiser, known.wanted, known.int8) != (self.denoiser, self.compile, int8):
+            known = self._forward = Forward(self.denoiser, self.compile, int8)
+        known.renew()
         return known
 
     def _recorded(

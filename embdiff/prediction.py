@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embdiff import ops
-from embdiff.compilation import Forward, versions
+from embdiff.compilation import versions
 from embdiff.denoiser import Context, Denoiser
 from embdiff.errors import UserError
+from embdiff.forward import Forward
 from embdiff.guidance.automaton import Automaton, Shares, aligned
 from embdiff.guidance.base import (
     Ban,
@@ -565,7 +566,10 @@ class Predictor:
     def _posterior(self, h: Tensor, plan: Plan, changes: Changes, denoiser: Denoiser | None = None) -> ops.Posterior:
         """By the head of the denoiser that made the features, in the embeddings of the run's."""
         weight, table = self.outputs[denoiser or self.denoiser].weight, self.outputs[self.denoiser].rounded
-        return self._by_class(h, weight, table, self.temperature, plan, changes)
+        posterior = None
+        if denoiser is None and plan.classes is None and not (changes.tilts or changes.bans):
+            posterior = self.network.posterior(h, weight, table, self.temperature, self.kept)
+        return posterior or self._by_class(h, weight, table, self.temperature, plan, changes)
 
     def _by_class(
         self, h: Tensor, weight: Tensor, table: Tensor, temperature: float, plan: Plan, changes: Changes

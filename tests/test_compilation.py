@@ -1,7 +1,5 @@
 """torch.compile where it works."""
 
-import warnings
-
 import pytest
 import torch
 
@@ -63,73 +61,3 @@ def test_without_a_compiler_there_is_one_remark_and_training_goes_on(monkeypatch
     assert compilation.can_compile("cuda", pytest.fail)
     assert len(notes) == 1
     assert "compiler" in notes[0]
-
-
-@pytest.fixture
-def counted(monkeypatch):
-    """Compiling is counted, and what is compiled adds 0."""
-    calls = []
-
-    def compile_(call, note, **options):
-        calls.append(options)
-        return lambda *args: call(*args) + 0
-
-    monkeypatch.setattr(compilation, "compiled", compile_)
-    monkeypatch.setattr(compilation, "can_compile", lambda device_type, note: True)
-    return calls
-
-
-def small(dtype=torch.float32):
-    return lively(Denoiser(20, dim=8, width=16, depth=1, heads=2, condition_width=8)).to(dtype)
-
-
-def test_a_forward_pass_is_compiled_once_it_has_worked_enough(counted, monkeypatch):
-    forward = compilation.Forward(small())
-    work = 2 * sum(p.numel() for p in forward.denoiser.blocks.parameters()) * 2 * 5
-    monkeypatch.setitem(compilation.PAYS_AFTER, "cpu", 2.5 * work)
-    for expected in (0, 0, 1, 1):
-        forward(torch.randn(2, 5, 8), torch.randn(2))
-        assert len(counted) == expected
-
-
-@pytest.mark.parametrize(("wanted", "times"), [(True, 1), (False, 0), (None, 0)])
-def test_a_forward_pass_is_compiled_where_wanted(counted, wanted, times):
-    forward = compilation.Forward(small(), wanted)
-    forward(torch.randn(2, 5, 8), torch.randn(2))
-    assert len(counted) == times
-
-
-def test_packed_weights_that_change_are_packed_anew():
-    if not compilation._has_compiler():
-        pytest.skip("no C++ compiler")
-    forward, z, gamma = compilation.Forward(small(), True), torch.randn(2, 5, 8), torch.randn(2)
-    with torch.no_grad():
-        for _ in range(2):
-            assert torch.allclose(forward(z, gamma), forward.denoiser(z, gamma), atol=1e-4)
-            assert forward.packed
-            forward.denoiser.final.weight.mul_(2)
-
-
-def test_without_a_compiler_a_forward_pass_warns_once(monkeypatch):
-    monkeypatch.setattr(compilation, "_has_compiler", lambda: False)
-    forward = compilation.Forward(small(), True)
-    with pytest.warns(UserWarning, match="no C\\+\\+ compiler"):
-        forward(torch.randn(2, 5, 8), torch.randn(2))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        forward(torch.randn(2, 5, 8), torch.randn(2))
-
-
-def test_a_pipeline_that_compiles_writes_the_same_texts(pipe):
-    if not compilation._has_compiler():
-        pytest.skip("no C++ compiler")
-
-    def drawn(count):
-        generators = [torch.Generator().manual_seed(seed) for seed in range(count)]
-        return pipe(num_samples=count, num_inference_steps=2, generator=generators).texts
-
-    expected = drawn(3)
-    pipe.compile = True
-    assert drawn(3) == expected
-    assert drawn(2) == expected[:2]
-    assert pipe._forward.call is not pipe.denoiser

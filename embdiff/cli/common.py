@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from embdiff.guidance import Guidance
     from embdiff.pipeline import TextDiffusionPipeline
 
+DTYPE_HELP = "fp32, bf16, auto: the faster one on this device; or int8: large products in 8 bits, on a CPU."
 COMPILE_HELP = "torch.compile of the denoiser; by default once it has worked for about a minute."
 SOLVERS = "ddim, ddpm, renoise, euler, euler-a, heun, churn, dpm++, dpm++3m, dpm++sde, dpm++3m-sde or unipc"
 GUIDANCE_HELP = "A module with its options, as length:words=12 or lexical:include=cheap pub|riverside; several times."
@@ -154,17 +155,19 @@ def device(name: str) -> torch.device:
 
 
 def dtype(name: str, chosen: torch.device) -> torch.dtype:
-    """fp32, bf16, or `auto`: whichever is faster on the device. Other precisions of torch give way: the finer ones to
-    fp32, the coarser ones to the faster one."""
+    """fp32, bf16, or `auto`: whichever is faster on the device, as it is beside the products of `int8`. Other
+    precisions of torch give way: the finer ones to fp32, the coarser ones to the faster one."""
     import torch
 
     from embdiff import ops
 
-    if name == "auto":
+    if name == "int8" and chosen.type != "cpu":
+        noted(f"int8 is for a CPU: going on in {str(ops.fast_dtype(chosen.type)).removeprefix('torch.')}")
+    if name in ("auto", "int8"):
         return ops.fast_dtype(chosen.type)
     named = getattr(torch, re.sub(r"^(?:fp|(b)f)(?=\d)", r"\1float", name), None)
     if not (isinstance(named, torch.dtype) and named.is_floating_point):
-        raise UserError(f"dtype {name!r} is unknown: choose auto, fp32 or bf16")
+        raise UserError(f"dtype {name!r} is unknown: choose auto, fp32, bf16 or int8")
     if named not in (torch.float32, torch.bfloat16):
         instead = torch.float32 if named.itemsize > 4 else ops.fast_dtype(chosen.type)
         noted(f"dtype {name!r} is not supported: going on in {str(instead).removeprefix('torch.')}")
@@ -185,7 +188,7 @@ def load_pipeline(
     pipe = load(model)
     pipe.to(chosen, dtype(dtype_name, chosen))
     pipe.set_progress_bar_config(disable=True)
-    pipe.compile = compile
+    pipe.compile, pipe.int8 = compile, dtype_name == "int8"
     return pipe
 
 

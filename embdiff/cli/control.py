@@ -81,7 +81,7 @@ def eval_control(
     seed: int = typer.Option(0, help="Of demands and samples."),
     batch_size: int = typer.Option(50, help="Texts at a time; samples do not depend on it."),
     device: str = typer.Option("auto", help="cpu, cuda or auto."),
-    dtype: str = typer.Option("fp32", help="fp32, bf16 or auto."),
+    dtype: str = typer.Option("fp32", help="fp32, bf16, auto or int8."),
     compile: bool | None = typer.Option(None, help=COMPILE_HELP),
     as_json: bool = typer.Option(False, "--json", help="Print JSON in place of a table."),
     output: Path | None = typer.Option(None, "--output", "-o", help="Also write the JSON here."),

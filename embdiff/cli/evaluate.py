@@ -74,7 +74,7 @@ def evaluate(
     seed: int = typer.Option(0, help="Of the first sample and of the noise in likelihoods."),
     batch_size: int = typer.Option(50, help="Texts at a time; samples do not depend on it."),
     device: str = typer.Option("auto", help="cpu, cuda or auto."),
-    dtype: str = typer.Option("fp32", help="fp32, bf16, or auto; likelihoods deserve fp32."),
+    dtype: str = typer.Option("fp32", help="fp32, bf16, auto or int8; likelihoods deserve fp32."),
     compile: bool | None = typer.Option(None, help=COMPILE_HELP),
     as_json: bool = typer.Option(False, "--json", help="Print JSON in place of tables."),
     output: Path | None = typer.Option(None, "--output", "-o", help="Also write the JSON, with all samples, here."),

@@ -11,6 +11,7 @@ import typer
 
 from embdiff.cli.common import (
     COMPILE_HELP,
+    DTYPE_HELP,
     PROMPT_COLUMN_HELP,
     SEPARATOR_HELP,
     TEXT_COLUMN_HELP,
@@ -48,7 +49,7 @@ def frontier(
     seed: int = typer.Option(0, help="Of the first sample of each point."),
     batch_size: int = typer.Option(50, help="Texts at a time; samples do not depend on it."),
     device: str = typer.Option("auto", help="cpu, cuda or auto."),
-    dtype: str = typer.Option("auto", help="fp32, bf16, or auto: the faster one on this device."),
+    dtype: str = typer.Option("auto", help=DTYPE_HELP),
     compile: bool | None = typer.Option(None, help=COMPILE_HELP),
     picture: Path = typer.Option(Path("frontier.svg"), help="Where the picture goes: svg, png or pdf."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON in place of a table."),

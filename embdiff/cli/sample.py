@@ -15,6 +15,7 @@ import typer
 
 from embdiff.cli.common import (
     COMPILE_HELP,
+    DTYPE_HELP,
     GUIDANCE_HELP,
     SOLVERS,
     check_counts,
@@ -90,7 +91,7 @@ def sample(
     seed: int = typer.Option(0, help="Seed of the first sample; sample i has seed + i."),
     batch_size: int = typer.Option(32, help="Samples drawn at a time; texts do not depend on it."),
     device: str = typer.Option("auto", help="cpu, cuda or auto."),
-    dtype: str = typer.Option("auto", help="fp32, bf16, or auto: the faster one on this device."),
+    dtype: str = typer.Option("auto", help=DTYPE_HELP),
     compile: bool | None = typer.Option(None, help=COMPILE_HELP),
     as_json: bool = typer.Option(False, "--json", help="One JSON object a line."),
     show_steps: bool = typer.Option(False, help="Show the text forming, step by step."),

@@ -154,7 +154,7 @@ def environment(pipe: TextDiffusionPipeline, seconds: float) -> Figures:
         "versions": versions(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {platform.machine()}",
         "threads": torch.get_num_threads(),
-        "dtype": str(pipe.denoiser.dtype).removeprefix("torch."),
+        "dtype": ("int8 and " if pipe.int8 else "") + str(pipe.denoiser.dtype).removeprefix("torch."),
         "parameters": sum(p.numel() for p in pipe.denoiser.parameters()),
         "scheduler": scheduler_options(pipe.scheduler),
         "temperature": pipe.config.temperature,

@@ -138,6 +138,7 @@ def test_bad_options_are_refused(model, options, cause):
     [
         (["--device", "meta"], "device 'meta' can't be used here"),
         (["--dtype", "fp16"], "dtype 'fp16' is not supported: going on in"),
+        (["--device", "meta", "--dtype", "int8"], "device 'meta' can't be used here"),
     ],
 )
 def test_what_this_machine_lacks_is_done_without_and_noted(model, options, note):
@@ -175,6 +176,15 @@ def test_the_best_of_what_is_there_takes_the_place_of_what_is_not(monkeypatch, c
 def test_precisions_give_way_to_no_coarser_one_than_need_be(monkeypatch, name, taken):
     monkeypatch.setattr(ops, "fast_dtype", lambda device_type: torch.bfloat16)
     assert common.dtype(name, torch.device("cpu")) is taken
+
+
+def test_8_bits_are_for_a_cpu(model, monkeypatch, capsys):
+    assert common.dtype("int8", torch.device("cpu")) is ops.fast_dtype("cpu")
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(ops, "fast_dtype", lambda device_type: torch.bfloat16)
+    assert common.dtype("int8", torch.device("cuda")) is torch.bfloat16
+    assert "int8 is for a CPU: going on in bfloat16" in capsys.readouterr().err
+    assert common.load_pipeline(str(model), dtype_name="int8").int8
 
 
 def test_options_without_effect_are_noted_and_not_recorded(model):
