@@ -255,6 +255,9 @@ def contestants(
         for name, module in guidance.items():
             passes = 1.5 if "," in name else 2
             yield Cell(f"ours, {name}", n, passes * n * least, partial(ours, n, PROMPT, guidance=[module]))
+        if device.type == "cpu":
+            plain = [guidance["CFG in x0"]]
+            yield Cell("ours, int8, CFG in x0", n, 2 * n * least, partial(ours, n, PROMPT, of=rounded, guidance=plain))
         yield Cell("naive, CFG", n, 2 * n * plain_least, partial(naive, n, True))
     yield Cell("diffusion-lm", LM_STEPS, LM_STEPS * plain_least, partial(naive, LM_STEPS, False, True))
     yield Cell("generate, dynamic cache", 0, in_turn(EAGER), partial(gpt, False))
@@ -383,11 +386,11 @@ def ratios(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if any(ours[key] != other[key] for key in ("size", "batch", "length")):
             return False
         if other["name"].startswith("ours"):
-            guided = ours["name"] == "ours, prompt" and "CFG" in other["name"]
+            guided = ours["name"] == "ours, prompt" and other["name"].startswith("ours, CFG")
             rounded = (ours["name"], other["name"]) == ("ours", "ours, int8")
             return (guided or rounded) and ours["steps"] == other["steps"]
-        alike = ("ours, CFG in x0",) if "CFG" in other["name"] else ("ours", "ours, int8")
-        return ours["name"] in alike and other["steps"] in (0, LM_STEPS, ours["steps"])
+        alike = ", CFG in x0" if "CFG" in other["name"] else ""
+        return ours["name"] in ("ours" + alike, "ours, int8" + alike) and other["steps"] in (0, LM_STEPS, ours["steps"])
 
     return [
         {key: ours[key] for key in ("size", "batch", "length", "steps")}

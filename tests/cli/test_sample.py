@@ -185,6 +185,8 @@ def test_8_bits_are_for_a_cpu(model, monkeypatch, capsys):
     assert common.dtype("int8", torch.device("cuda")) is torch.bfloat16
     assert "int8 is for a CPU: going on in bfloat16" in capsys.readouterr().err
     assert common.load_pipeline(str(model), dtype_name="int8").int8
+    result = sample(model, "-n", "2", "--steps", "2", "--device", "cpu", "--dtype", "int8")
+    assert len(result.stdout.splitlines()) == 2
 
 
 def test_options_without_effect_are_noted_and_not_recorded(model):
