@@ -43,7 +43,7 @@ class Forward:
         self.versions = versions(self.denoiser)
         self.call: Callable[..., Tensor] = in_int8(self.denoiser) if self.int8 else self.denoiser
         self.compile: Callable[[nn.Module], Callable[..., Any]] | None = None
-        self.heads = dict[tuple[int, ...], Callable[..., tuple[Tensor, Tensor]]]()
+        self.heads = dict[tuple[int, ...], Callable[..., Any]]()
         self.done, self.refused = 0.0, False
 
     def renew(self) -> None:
@@ -80,13 +80,33 @@ class Forward:
         h; None where that one is as fast."""
         if h.device.type != "cpu" or torch.is_grad_enabled() or not (self.compile or self.int8):
             return None
+        head, cold = self._head(weight, table, keep, temperature)
+        parts = [head(some, cold) for some in torch.split(h.flatten(0, -2), ROWS)]
+        mean, kept = (torch.cat(column).view(*h.shape[:-1], -1) for column in zip(*parts, strict=True))
+        return ops.Posterior(mean, kept)
+
+    def masses(
+        self, h: Tensor, texts: Tensor, weight: Tensor, table: Tensor, temperature: float, keep: tuple[int, ...]
+    ) -> tuple[ops.Posterior, Tensor]:
+        """The posterior, and the mass of words [B, V] in each text: the sum of their probabilities over its rows.
+
+        texts: [B, R], 1 where a row of h is of a text, else 0; in the precision of h.
+        """
+        head, cold = self._head(weight, table, keep, temperature)
+        pieces = zip(torch.split(h.flatten(0, -2), ROWS), torch.split(texts, ROWS, 1), strict=True)
+        means, kept, masses = zip(*[head(rows, cold, of) for rows, of in pieces], strict=True)
+        posterior = ops.Posterior(*(torch.cat(parts).view(*h.shape[:-1], -1) for parts in (means, kept)))
+        return posterior, torch.stack(masses).sum(0)
+
+    def _head(
+        self, weight: Tensor, table: Tensor, keep: tuple[int, ...], temperature: float
+    ) -> tuple[Callable[..., Any], Tensor]:
+        """A `Head`, compiled where the denoiser is, and its temperature: a tensor, for each number would be compiled
+        anew."""
         if keep not in self.heads:
             head = Head(weight, table, keep, self.int8)
             self.heads[keep] = self.compile(head) if self.compile else head
-        cold = torch.tensor(temperature)  # a tensor, for each number would be compiled anew
-        parts = [self.heads[keep](some, cold) for some in torch.split(h.flatten(0, -2), ROWS)]
-        mean, kept = (torch.cat(column).view(*h.shape[:-1], -1) for column in zip(*parts, strict=True))
-        return ops.Posterior(mean, kept)
+        return self.heads[keep], torch.tensor(temperature, device=weight.device)
 
 
 class Head(nn.Module):
@@ -109,9 +129,11 @@ class Head(nn.Module):
         apart = torch.zeros(len(weight)).index_fill(0, torch.tensor(keep, dtype=torch.long), -torch.inf)
         self.apart = nn.ParameterList([nn.Parameter(block, requires_grad=False) for block in torch.split(apart, WORDS)])
 
-    def forward(self, rows: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean [R, D] of words and the probabilities [R, K] of tokens that are kept apart, of features [R, H]."""
+    def forward(self, rows: Tensor, temperature: Tensor, texts: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The mean [R, D] of words and the probabilities [R, K] of tokens that are kept apart, of features [R, H]; with
+        texts [B, R] also the mass of words [B, V], see `Forward.masses`."""
         given = rows.float() if self.int8 else rows
+        seen = list[tuple[Tensor, Tensor]]()  # of each block, probabilities of words, and the maximum that they go by
         best = rows.new_full((len(rows), 1), -torch.inf, dtype=torch.float32)
         plain = cold = mean = torch.zeros_like(best)
         for block, table, apart in zip(self.blocks, self.tables, self.apart, strict=True):
@@ -121,12 +143,20 @@ class Head(nn.Module):
             p, less = (x / temperature).exp2(), (fade / temperature).exp2()
             plain = plain * fade.exp2() + x.exp2().sum(1, keepdim=True)
             cold = cold * less + p.sum(1, keepdim=True)
-            mean = mean * less + table(p.to(rows.dtype)).float()
+            p = p.to(rows.dtype)
+            mean = mean * less + table(p).float()
             best = higher
+            if texts is not None:
+                seen.append((p, best))
         ends = F.linear(rows, self.ends).float()
         top = torch.cat([best, ends], 1).amax(1, keepdim=True)
         ends, words = (ends - top).exp(), plain * (best - top).exp()
-        return mean / cold, ends / (words + ends.sum(1, keepdim=True))
+        found = mean / cold, ends / (words + ends.sum(1, keepdim=True))
+        if texts is None:
+            return found
+        shares = [((by - best) * (ops.LOG2_E / temperature)).exp2() / cold for _, by in seen]
+        mass = [(texts * share[:, 0]).to(p.dtype) @ p for (p, _), share in zip(seen, shares, strict=True)]
+        return *found, torch.cat(mass, 1).float()
 
 
 class Int8Linear(nn.Module):

@@ -300,7 +300,9 @@ def fits(predictor: Predictor, gammas: Sequence[float]) -> bool:
         apart = branch.space == "logits" or bool(predictor.kept)
         return branch.denoiser is None and branch.scale is not None and apart
 
-    return not predictor.skip_padding and all(map(simple, distinct(predictor, gammas)[0]))
+    return (
+        not predictor.skip_padding and predictor.shortlists is None and all(map(simple, distinct(predictor, gammas)[0]))
+    )
 
 
 def way(branch: Branch) -> tuple[str, float | None, bool, int]:

@@ -327,11 +327,16 @@ def most_probable(
             tilted_logits = torch.where(there, tilted_logits, allowed).clamp(min=FAINTEST)
             tilted_logits = tilted_logits.masked_fill(outside, -torch.inf)
         top = tilted_logits.topk(count, -1)
-        # A logit in bf16 may be nats away from itself, where noise is low and logits are in the hundreds.
-        exact = (F.embedding(top.indices, weight).float() * chunk[:, None].float()).sum(-1)
+        exact = logits_of(chunk, weight, top.indices)
         found.append((top.values + exact - logits.gather(-1, top.indices), top.indices))
     scores, tokens = (torch.cat(column).reshape(*h.shape[:-1], count) for column in zip(*found, strict=True))
     return scores, tokens
+
+
+def logits_of(h: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
+    """Logits [R, K] of some tokens [R, K] of each row of h [R, H], in fp32: in bf16 one may be nats away from itself,
+    where noise is low and logits are in the hundreds."""
+    return (F.embedding(tokens, weight).float() * h[:, None].float()).sum(-1)
 
 
 def changed(

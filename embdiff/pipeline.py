@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -35,7 +36,7 @@ from embdiff.guidance.base import Constraint, Run
 from embdiff.guidance.classifier import NoisyClassifier
 from embdiff.noise import GumbelSchedule, noise_schedule
 from embdiff.prediction import Predictor
-from embdiff.randomness import DeviceNoise, Noise, noise_of, sample_generators
+from embdiff.randomness import DeviceNoise, Noise, noise_of, sample_generators, uniform
 from embdiff.schedulers import EmbeddingScheduler, adapted
 
 if TYPE_CHECKING:
@@ -138,6 +139,7 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         noise_scale: float = 1.0,
         max_length: int | None = None,
         skip_padding: bool | None = None,
+        shortlist: int | None = None,
         num_samples: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         callback_on_step_end: Callback | None = None,
@@ -167,6 +169,9 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
             max_length: target positions, at most what the model was trained for (the default).
             skip_padding: positions behind a text that are surely padding (below t = 0.8, by 0.99) are computed no
                 more, nor seen by the others; None = on a CPU, where that saves their time.
+            shortlist: words of each text, drawn in the first step and halfway, that the steps in between look at
+                (see `embdiff.shortlist`); None = at the whole vocabulary, always. For large vocabularies, on a CPU: 512
+                for 64 tokens. Steps with tilts, bans or exact control look at all words.
             generator: one from which each sample's seed is drawn, or one for each sample. Noise is drawn sample by
                 sample, so a text does not depend on the batch that it was in.
             callback_on_step_end: called as callback(pipe, step, timestep, {"latents": z, "x0": x0}) after each step;
@@ -201,6 +206,8 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
             raise UserError(f"noise_scale {noise_scale}: {type(self.scheduler).__name__} draws its own noise; use 1")
         if output_type not in ("text", "seq", "latent"):
             raise UserError(f"output_type {output_type!r} is unknown: choose text, seq or latent")
+        if shortlist is not None and (not isinstance(shortlist, Integral) or shortlist < 1):
+            raise UserError(f"shortlist {shortlist}: give how many words of each text to look at, or None for all")
         B = len(prompts) * int(num_samples)
         generators = sample_generators(generator, B)
         run, device = self._run(prompts, negatives, int(num_samples), length), self.device
@@ -217,11 +224,13 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
             gammas=gammas,
             temperature=temperature,
             kept=self._kept_tokens(),
-            quantile=self._uniform(generators).to(device) if draw_length else None,
+            quantile=uniform(generators, device, 1)[:, 0] if draw_length else None,
             draw_above=float(noise_schedule(dict(self.config.fitted_schedule)).gamma(DRAW_LENGTH_ABOVE)),
             length_bias=length_bias,
             network=self._network(),
             skip_padding=device.type == "cpu" if skip_padding is None else skip_padding,
+            shortlist=None if shortlist is None else int(shortlist),
+            uniform=partial(uniform, generators, device),
         )
         self._num_timesteps = len(gammas)
         if callback_on_step_end is None and (ending := self._recorded(predictor, solver, gammas, noise)) is not None:
@@ -315,9 +324,6 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         if not isinstance(max_length, Integral) or not 1 <= max_length <= trained:
             raise UserError(f"max_length {max_length} is out of range: this model writes 1 to {trained} tokens")
         return int(max_length)
-
-    def _uniform(self, generators: list[torch.Generator]) -> Tensor:
-        return torch.cat([torch.rand(1, generator=g, device=g.device) for g in generators])
 
     def _run(self, prompts: list[str | None], negatives: list[str | None] | None, num_samples: int, length: int) -> Run:
         """What guidance may know. negatives: one for each prompt, if any; they alone stand beside an empty prompt."""

@@ -40,6 +40,7 @@ from embdiff.guidance.base import (
     Words,
     check_differentiable,
 )
+from embdiff.shortlist import Shortlists
 from embdiff.transitions import Transitions
 
 FELT = 6.0  # times that words feel a gradient more than x0, which near the end moves less than words lie apart
@@ -137,6 +138,8 @@ class Predictor:
         network: the denoiser's forward pass, compiled or as it is.
         skip_padding: whether positions behind the text, once they are surely padding, are looked at no more: what lies
             there is unseen then, as beyond a window of training.
+        shortlist: words of each text that posteriors are taken over in most steps, see `embdiff.shortlist`; None = all
+            words. uniform: gives [B, count] numbers in [0, 1) to draw them by.
     """
 
     def __init__(
@@ -152,6 +155,8 @@ class Predictor:
         length_bias: float = 0.0,
         network: Forward | None = None,
         skip_padding: bool = False,
+        shortlist: int | None = None,
+        uniform: Callable[[int], Tensor] | None = None,
     ) -> None:
         self.run, self.denoiser = run, run.denoiser
         self.network = network or Forward(run.denoiser, wanted=False)
@@ -172,6 +177,13 @@ class Predictor:
         makers = {self.denoiser, *(part.denoiser for part in self.parts if isinstance(part, Branch) and part.denoiser)}
         self.outputs = {denoiser: output_of(denoiser) for denoiser in makers}
         self.table = self.outputs[self.denoiser].table
+        self.shortlists: Shortlists | None = None
+        if shortlist is not None and uniform is not None and shortlist < run.vocabulary - len(self.kept):
+            weight, _, rounded = self.outputs[self.denoiser]
+            turns, shape = {1, len(gammas) // 2 + 1}, (run.samples, run.length)
+            self.shortlists = Shortlists(
+                shortlist, turns, uniform, shape, self.network, weight, rounded, temperature, self.kept
+            )
         self.kept_embeddings = self.table[self.kept_ids]
         self.automata: dict[tuple[int, ...], Automaton] = {}
         constraints = [part for part in self.parts if isinstance(part, Constraint)]
@@ -263,6 +275,8 @@ class Predictor:
         """What was seen in the last steps, where latents were changed from outside: anything may be there."""
         self.rows, self.seen = None, None
         self.held.clear()
+        if self.shortlists is not None:
+            self.shortlists.forget()
 
     def round(self, z: Tensor) -> Tensor:
         """The nearest tokens [B, L] to clean latents z [B, L, D] that fulfil all constraints, and that no veto marks.
@@ -318,8 +332,11 @@ class Predictor:
         if self.automaton is not None and choice is not None:
             wanted = choice.flatten() if seen.rows is None else choice.flatten()[seen.rows]
             among = self._class_of_tokens(self.automaton), wanted
-        scores, tokens = ops.most_probable(
-            seen.whole(), weight, K, self.kept_ids, *seen.changes, among, self.temperature
+        h, listed = seen.whole(), None
+        if self.shortlists is not None and among is None and not any(seen.changes):
+            listed = self.shortlists.most_probable(h, seen.rows, K)
+        scores, tokens = listed or ops.most_probable(
+            h, weight, K, self.kept_ids, *seen.changes, among, self.temperature
         )
         if seen.rows is not None:  # the others are padding, or what constraints made of it
             elsewhere = scores.new_full((self.run.samples * L, K), ops.FAINTEST)
@@ -568,7 +585,9 @@ class Predictor:
         weight, table = self.outputs[denoiser or self.denoiser].weight, self.outputs[self.denoiser].rounded
         posterior = None
         if denoiser is None and plan.classes is None and not (changes.tilts or changes.bans):
-            posterior = self.network.posterior(h, weight, table, self.temperature, self.kept)
+            if self.shortlists is not None:
+                posterior = self.shortlists.posterior(h, self.rows, self.turn)
+            posterior = posterior or self.network.posterior(h, weight, table, self.temperature, self.kept)
         return posterior or self._by_class(h, weight, table, self.temperature, plan, changes)
 
     def _by_class(

@@ -31,6 +31,11 @@ def sample_generators(
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
+def uniform(generators: Sequence[torch.Generator], device: torch.device, count: int) -> Tensor:
+    """Numbers [B, count] in [0, 1), of each generator as many."""
+    return torch.stack([torch.rand(count, generator=g, device=g.device) for g in generators]).to(device)
+
+
 def mixed_seed(*numbers: int) -> int:
     """One seed for torch out of several numbers: a run's own and what it is for, or its step."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])

@@ -223,7 +223,14 @@ def test_what_a_loop_cannot_hold_is_left_to_the_predictor(pipe, guidance):
     assert not fits(predictor, gammas)
 
 
-OPTIONS = [{}, {"guidance_scale": 2.0}, {"guidance": [Length(words=3)]}, {"length_bias": 0.0}, {"noise_scale": 0.4}]
+OPTIONS = [
+    {},
+    {"guidance_scale": 2.0},
+    {"guidance": [Length(words=3)]},
+    {"length_bias": 0.0},
+    {"noise_scale": 0.4},
+    {"shortlist": 6},
+]
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -240,7 +247,7 @@ def test_the_pipeline_writes_the_same_texts_by_the_loop_and_step_by_step(request
 
     looped = drawn()
     assert torch.equal(looped, drawn(callback_on_step_end=lambda *_: None))
-    assert bool(pipe._loops) == ("guidance" not in options)
+    assert bool(pipe._loops) == (not {"guidance", "shortlist"} & set(options))
     if DEVICE.type == "cpu":
         monkeypatch.undo()
         assert not torch.equal(looped, drawn())  # other noise

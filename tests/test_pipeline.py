@@ -203,6 +203,8 @@ def test_what_is_saved_does_not_tell_where_it_was_loaded_from(pipe, tmp_path):
         ({"prompt": ["a"], "negative_prompt": 5, "guidance_scale": 2.0}, "negative_prompt 5 is no string"),
         ({"generator": 42}, "generator 42"),
         ({"num_samples": 1.5}, "num_samples"),
+        ({"shortlist": 0}, "shortlist 0"),
+        ({"shortlist": "all"}, "shortlist all"),
     ],
 )
 def test_bad_arguments_are_named(pipe, options, cause):

@@ -63,6 +63,7 @@ def evaluate(
     temperature: float | None = typer.Option(None, help="As in embdiff sample; by default the model's own."),
     length_bias: float = typer.Option(1.0, help="As in embdiff sample."),
     noise_scale: float = typer.Option(1.0, help="As in embdiff sample."),
+    shortlist: int | None = typer.Option(None, help="As in embdiff sample."),
     cfg_scale: float = typer.Option(1.0, help="Classifier-free guidance; 1 = off."),
     cfg_space: str = typer.Option("x0", help="Where guidance combines predictions: x0 or logits."),
     guidance: list[str] = typer.Option([], help=GUIDANCE_HELP),
@@ -93,6 +94,7 @@ def evaluate(
     from embdiff.guidance import ClassifierFreeGuidance
 
     options: dict[str, Any] = {"temperature": temperature, "length_bias": length_bias, "noise_scale": noise_scale}
+    options["shortlist"] = shortlist
     options["guidance"] = [ClassifierFreeGuidance(cfg_scale, cfg_space), *modules]
     protocol = report.Protocol(
         samples, steps, seed, batch_size, mbr, lowercase, bound, passes=passes, flow_texts=flow, options=options

@@ -46,6 +46,7 @@ def frontier(
     cfg_scale: float = typer.Option(1.0, help="Classifier-free guidance; 1 = off."),
     length_bias: float = typer.Option(1.0, help="As in embdiff sample."),
     noise_scale: float = typer.Option(1.0, help="As in embdiff sample."),
+    shortlist: int | None = typer.Option(None, help="As in embdiff sample."),
     seed: int = typer.Option(0, help="Of the first sample of each point."),
     batch_size: int = typer.Option(50, help="Texts at a time; samples do not depend on it."),
     device: str = typer.Option("auto", help="cpu, cuda or auto."),
@@ -100,7 +101,7 @@ def frontier(
 
     report(real)
     start = time.monotonic()
-    options = {"length_bias": length_bias, "noise_scale": noise_scale}
+    options = {"length_bias": length_bias, "noise_scale": noise_scale, "shortlist": shortlist}
     points = frontiers.frontier(
         pipe,
         judged,

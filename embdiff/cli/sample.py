@@ -88,6 +88,9 @@ def sample(
     skip_padding: bool | None = typer.Option(
         None, help="Compute positions behind a text no more once they are surely padding; by default on a CPU."
     ),
+    shortlist: int | None = typer.Option(
+        None, help="Words of each text that most steps look at, such as 512; faster with a large vocabulary, on a CPU."
+    ),
     seed: int = typer.Option(0, help="Seed of the first sample; sample i has seed + i."),
     batch_size: int = typer.Option(32, help="Samples drawn at a time; texts do not depend on it."),
     device: str = typer.Option("auto", help="cpu, cuda or auto."),
@@ -138,6 +141,7 @@ def sample(
         "noise_scale": noise_scale,
         "max_length": max_length,
         "skip_padding": skip_padding,
+        "shortlist": shortlist,
     }
     own = ClassifierFreeGuidance(cfg_scale, cfg_space)
     name = type(pipe.scheduler).__name__

@@ -125,6 +125,7 @@ def test_a_file_with_more_samples_than_asked_for_is_refused(model, tmp_path):
         (["--negative-prompt", "a\udcff", "--cfg-scale", "2"], "--negative-prompt"),
         (["--device", "abacus"], "device 'abacus' is unknown"),
         (["--dtype", "fp77"], "dtype 'fp77' is unknown"),
+        (["--shortlist", "0"], "shortlist 0"),
     ],
 )
 def test_bad_options_are_refused(model, options, cause):
