@@ -169,7 +169,7 @@ def shares(pipe: Any, own: Any, batch: int, length: int, whole: float) -> dict[s
     from embdiff import kernels
 
     z, last = torch.randn(2, batch, length, pipe.denoiser.dim, device=DEVICE)
-    gamma, network = torch.zeros(batch, device=DEVICE), pipe._network()
+    gamma, network = torch.zeros(batch, device=DEVICE), pipe._network(pipe.device)
     h = network(z, gamma, None, last).flatten(0, 1)
     weight, table = own.inputs.weight, own.inputs.table
     replay = events(own.graph.replay)

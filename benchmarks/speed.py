@@ -119,7 +119,10 @@ def main(
         figures["graphs"].append(place | graphs(pipe))
         keep(results, figures)
         if time.monotonic() < deadline and any(cell.name.startswith("ours") for cell, _ in times.medians):
-            figures["parts"].append(place | parts(pipe, name, words, texts, tokens, limits.rate, rounds))
+            for int8 in (False, True) if device.type == "cpu" else (False,):
+                pipe.int8 = int8
+                found = parts(pipe, name, words, texts, tokens, limits.rate, rounds)
+                figures["parts"].append(place | {"int8": int8} | found)
             keep(results, figures)
     if time.monotonic() < deadline:
         figures["memory"] = memory()
@@ -320,25 +323,28 @@ def parts(
     rounds: int,
     steps: int = 8,
 ) -> dict[str, float]:
-    """Shares of a run of ours: the network, the posterior mean, and the rest, which is the sampler; and of the rate."""
+    """Shares of a run of ours: the network, the posterior means, the last step's head, which gives the likeliest words
+    of each position in place of a mean, and the rest, which is the sampler; and of the rate."""
     D, device = pipe.denoiser.dim, pipe.device
     z, last = (torch.randn(batch, length, D, device=device) for _ in range(2))
-    network = pipe._network()
+    network = pipe._network(pipe.device)
     h = network(z, torch.zeros(batch, device=device), None, last)
     predictor = Predictor(pipe._run([None], None, batch, length), network=network)
     weight, _, table = predictor.outputs[pipe.denoiser]
+    candidates = pipe.denoiser.transitions.candidates
     keep, gamma = torch.tensor([0, 2], device=device), torch.zeros(batch, device=device)
 
     def posterior() -> object:
         return network.posterior(h, weight, table, 0.76, (0, 2)) or ops.expectation(h, weight, table, 0.76, keep)
 
-    whole, forward, mean = timed(
+    whole, forward, mean, last_head = timed(
         [
             lambda: pipe(
                 num_samples=batch, num_inference_steps=steps, draw_length=False, skip_padding=False, output_type="seq"
             ),
             recorded(lambda: network(z, gamma, None, last), device),
             recorded(posterior, device),
+            lambda: network.most_probable(h.flatten(0, 1), weight, table, candidates),
         ],
         2 * rounds,
     )
@@ -346,7 +352,7 @@ def parts(
     means = steps if device.type == "cuda" else steps - 1  # a recorded loop has one in its last step too
     return {
         "step": whole / steps, "network": forward * steps / whole, "posterior": mean * means / whole,
-        "sampler": 1 - (forward * steps + mean * means) / whole,
+        "last_head": last_head / whole, "sampler": 1 - (forward * steps + mean * means + last_head) / whole,
         "of_matrix_rate_in_the_denoiser": work / (forward + mean) / rate, "of_matrix_rate": work * steps / whole / rate,
     }  # fmt: skip
 

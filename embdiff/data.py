@@ -22,6 +22,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 from embdiff.errors import UserError, reason
+from embdiff.paths import local_path
 
 Rows = Iterator[tuple[str, Mapping[str, object]]]  # (where the row is, for messages; column -> value)
 
@@ -146,14 +147,6 @@ def _examples(data: str, options: _Options, progress: bool) -> Iterator[Example]
     if hub is None or Path(hub["name"]).suffix.lower() in _READERS:
         raise UserError(f"no such file or folder: {data!r}; check the path")
     return _table_examples(_hub_rows(**hub.groupdict(), progress=progress), options)
-
-
-def local_path(name: str) -> Path:
-    """The path of a name, with the home folder for "~"."""
-    try:
-        return Path(name).expanduser()
-    except RuntimeError:
-        raise UserError(f"no home folder is known for {name!r}; write the path without '~'") from None
 
 
 def _folder_examples(folder: Path, options: _Options) -> Iterator[Example]:

@@ -27,8 +27,9 @@ from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 
-from embdiff.data import Example, local_path
+from embdiff.data import Example
 from embdiff.errors import UserError
+from embdiff.paths import cache_dir
 
 Pair = tuple[str, str]  # (prompt, text)
 
@@ -67,15 +68,6 @@ def default_roots() -> list[Path]:
     library = [Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")]
     packages = [Path(entry) for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")]
     return sorted({path.resolve() for path in library + packages if path.is_dir()})
-
-
-def cache_dir() -> Path:
-    """Where embdiff keeps what it can build again: $EMBDIFF_CACHE, else $XDG_CACHE_HOME/embdiff, else
-    ~/.cache/embdiff. The folder need not exist yet."""
-    if own := os.environ.get("EMBDIFF_CACHE"):
-        return local_path(own)
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return local_path(base) / "embdiff"
 
 
 # --- from files to pairs ---------------------------------------------------------------------------------

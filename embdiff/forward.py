@@ -1,4 +1,5 @@
-"""The parts of a step that are products of matrices, as a CPU likes them: compiled, with packed weights, in 8 bits.
+"""The parts of a step that are products of matrices, as a CPU likes them: native, or compiled with packed weights; in 8
+bits.
 
 R positions   V vocabulary   H features   D embedding dim
 """
@@ -15,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from embdiff import ops
+from embdiff import native, ops
 from embdiff.compilation import can_compile, compiled, once, versions
+from embdiff.denoiser import Denoiser
 
 # Multiplications and additions after which compiling pays: it takes half a minute and then saves a third or more.
 PAYS_AFTER = {"cpu": 4e12, "cuda": 1e16}
@@ -24,14 +26,15 @@ ROWS, WORDS = 512, 4096  # of logits that are held at a time where they are comp
 
 
 class Forward:
-    """A denoiser's passes for sampling: as they are at first, compiled once they have done so much that this pays.
+    """A denoiser's passes for sampling, and what its features become.
+
+    They are native where `native.suits` says so. Elsewhere they are as they are at first, and compiled once they have
+    done so much that this pays. Both change results by rounding only, and take weights as constants, in another order.
 
     Args:
         denoiser: in whatever precision, on whatever device; both may change between runs, see `renew`.
-        wanted: True = compiled at once, False = never.
+        wanted: True = compiled at once, False = neither compiled nor native.
         int8: whether the products of layers and head are taken in 8 bits, see `Int8Linear`.
-
-    Compiling changes results by rounding only. On a CPU weights are packed for its matrix units then.
     """
 
     def __init__(self, denoiser: nn.Module, wanted: bool | None = None, int8: bool = False) -> None:
@@ -41,16 +44,32 @@ class Forward:
 
     def _begin(self) -> None:
         self.versions = versions(self.denoiser)
-        self.call: Callable[..., Tensor] = in_int8(self.denoiser) if self.int8 else self.denoiser
+        self.native = self._native_pass()
+        self.native_head: native.Head | None = None
+        self.call: Callable[..., Tensor] = self.native or (in_int8(self.denoiser) if self.int8 else self.denoiser)
         self.compile: Callable[[nn.Module], Callable[..., Any]] | None = None
         self.heads = dict[tuple[int, ...], Callable[..., Any]]()
-        self.done, self.refused = 0.0, False
+        self.done = 0.0
+
+    def _native_pass(self) -> native.Pass | None:
+        """The denoiser's pass as `native.cpp` has it, where there is one for it."""
+        self.refused = False
+        if self.wanted is False or not native.suits(self.denoiser):
+            return None
+        try:
+            return native.Pass(cast(Denoiser, self.denoiser), self.int8)
+        except native.UnavailableError as error:
+            warnings.warn(f"no native step ({error}): going on without it, 1.2 to 4 times slower", stacklevel=4)
+            self.refused = native.compiler() is None  # then torch.compile can't work either
+            return None
 
     def renew(self) -> None:
         """Begins anew where weights that were packed or rounded have changed."""
-        if (self.compile or self.int8) and self.versions != versions(self.denoiser):
+        if self.versions == versions(self.denoiser):
+            return
+        if self.compile:
             torch._dynamo.reset()  # else the same code with the old constants is found again
-            self._begin()
+        self._begin()
 
     def __call__(self, z: Tensor, *args: Any, rows: Tensor | None = None) -> Tensor:
         """The denoiser's features, see `Denoiser.forward`."""
@@ -60,6 +79,8 @@ class Forward:
     def count(self, positions: int, device_type: str) -> None:
         """Takes note of work done here or elsewhere, and compiles if it is time."""
         self.done += 2.0 * self.weights * positions
+        if self.native:
+            return
         due = self.done > PAYS_AFTER.get(device_type, torch.inf) if self.wanted is None else self.wanted
         if due and not self.compile and not self.refused:
             self._compile(device_type)
@@ -78,12 +99,29 @@ class Forward:
     ) -> ops.Posterior | None:
         """`ops.expectation` of features h [.., H], by the denoiser's weight [V, H] and table [V, D] in the precision of
         h; None where that one is as fast."""
-        if h.device.type != "cpu" or torch.is_grad_enabled() or not (self.compile or self.int8):
+        if h.device.type != "cpu" or torch.is_grad_enabled():
+            return None
+        if (made := self._native_head(h, weight, table)) is not None:
+            mean, kept = made.posterior(h.flatten(0, -2), temperature, keep)
+            return ops.Posterior(mean.view(*h.shape[:-1], -1), kept.view(*h.shape[:-1], -1))
+        if not (self.compile or self.int8):
             return None
         head, cold = self._head(weight, table, keep, temperature)
         parts = [head(some, cold) for some in torch.split(h.flatten(0, -2), ROWS)]
         mean, kept = (torch.cat(column).view(*h.shape[:-1], -1) for column in zip(*parts, strict=True))
         return ops.Posterior(mean, kept)
+
+    def most_probable(self, h: Tensor, weight: Tensor, table: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """`ops.most_probable` of features h [R, H]; natively in no order."""
+        head = self._native_head(h, weight, table) if native.takes_candidates(count) else None
+        return ops.most_probable(h, weight, count) if head is None else head.most_probable(h, count)
+
+    def _native_head(self, h: Tensor, weight: Tensor, table: Tensor) -> native.Head | None:
+        """The vocabulary's part of a step, where it is native."""
+        if self.native is None or h.dtype is not torch.bfloat16:
+            return None
+        self.native_head = self.native_head or native.Head(weight, table, self.int8)
+        return self.native_head
 
     def masses(
         self, h: Tensor, texts: Tensor, weight: Tensor, table: Tensor, temperature: float, keep: tuple[int, ...]
@@ -160,8 +198,7 @@ class Head(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """x -> x W^T without a bias, rounded to 8 bits: each row of x and of W in steps of 1/127 of its largest number
-    ("vector-wise", Dettmers et al. 2022, arXiv:2208.07339, equation 4); sums are exact.
+    """x -> x W^T without a bias, each row of x and of W rounded as by `ops.eight_bits`; sums are exact.
 
     Args:
         weight: W [out, in], in whatever precision.
@@ -172,21 +209,15 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        rounded, step = eight_bits(weight.detach().float())
+        rounded, step = ops.eight_bits(weight.detach().float())
         self.register_buffer("weight", rounded)
         self.register_buffer("step", step[:, 0])
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., out] of x [.., in], in the precision of x."""
-        rounded, step = eight_bits(x.flatten(0, -2).float())
+        rounded, step = ops.eight_bits(x.flatten(0, -2).float())
         y = torch._int_mm(rounded, self.weight.T).float() * (step * self.step)
         return y.to(x.dtype).view(*x.shape[:-1], -1)
-
-
-def eight_bits(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of x [R, N], fp32, as whole numbers and the step [R, 1] that they count."""
-    step = x.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
-    return (x / step).round().to(torch.int8), step
 
 
 def linear(weight: Tensor) -> nn.Linear:

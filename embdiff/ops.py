@@ -381,11 +381,15 @@ def best_path_reference(scores: Tensor, pairs: Tensor) -> Tensor:
 
 
 def best_path(scores: Tensor, pairs: Tensor) -> Tensor:
-    """`best_path_reference`, by one kernel on a GPU."""
+    """`best_path_reference`: by one kernel on a GPU, and natively on a CPU where a step is."""
+    from embdiff import native
+
     if has_kernels(scores.device.type):
         from embdiff import kernels
 
         return kernels.best_path(scores, pairs)
+    if native.is_loaded() and scores.device.type == "cpu" and native.takes_candidates(scores.shape[-1]):
+        return native.best_path(scores, pairs)
     return best_path_reference(scores, pairs)
 
 
@@ -447,6 +451,13 @@ def cross_entropy(h: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     again = partial(checkpoint, chunk_loss, use_reentrant=False, preserve_rng_state=False)  # nothing is random
     losses = [again(*chunk) if recompute else chunk_loss(*chunk) for chunk in chunks]
     return torch.cat(losses).reshape(target.shape)
+
+
+def eight_bits(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of x [R, N], fp32, as whole numbers and the step [R, 1] that they count, 1/127 of the row's largest number
+    ("vector-wise", Dettmers et al. 2022, arXiv:2208.07339, equation 4)."""
+    step = x.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
+    return (x / step).round().to(torch.int8), step
 
 
 def limited(vectors: Tensor, longest: float) -> Tensor:

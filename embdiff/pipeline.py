@@ -210,7 +210,8 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
             raise UserError(f"shortlist {shortlist}: give how many words of each text to look at, or None for all")
         B = len(prompts) * int(num_samples)
         generators = sample_generators(generator, B)
-        run, device = self._run(prompts, negatives, int(num_samples), length), self.device
+        run = self._run(prompts, negatives, int(num_samples), length)
+        device = run.device  # asked once: diffusers looks through all modules for it
         noise = noise_of(generators, (length, self.denoiser.dim), device, noise_scale)
 
         solver.set_timesteps(num_inference_steps, device=device)
@@ -227,7 +228,7 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
             quantile=uniform(generators, device, 1)[:, 0] if draw_length else None,
             draw_above=float(noise_schedule(dict(self.config.fitted_schedule)).gamma(DRAW_LENGTH_ABOVE)),
             length_bias=length_bias,
-            network=self._network(),
+            network=self._network(device),
             skip_padding=device.type == "cpu" if skip_padding is None else skip_padding,
             shortlist=None if shortlist is None else int(shortlist),
             uniform=partial(uniform, generators, device),
@@ -279,9 +280,9 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         """The texts of token ids [B, L], each up to its end of text."""
         return [vocabulary.decode(self.tokenizer, ids) for ids in sequences.tolist()]
 
-    def _network(self) -> Forward:
-        """The denoiser's forward pass, that of the denoiser in use."""
-        known, int8 = self._forward, self.int8 and self.device.type == "cpu"
+    def _network(self, device: torch.device) -> Forward:
+        """The denoiser's forward pass on its device, that of the denoiser in use."""
+        known, int8 = self._forward, self.int8 and device.type == "cpu"
         if known is None or (known.denoiser, known.wanted, known.int8) != (self.denoiser, self.compile, int8):
             known = self._forward = Forward(self.denoiser, self.compile, int8)
         known.renew()

@@ -326,7 +326,7 @@ class Predictor:
         choice: the class of each position [B, L] in a text `ids` that fulfils the constraints, for then every text of
         these classes does.
         """
-        weight = self.outputs[self.denoiser].weight
+        weight, _, rounded = self.outputs[self.denoiser]
         L, K = self.run.length, seen.transitions.candidates
         among = None
         if self.automaton is not None and choice is not None:
@@ -335,6 +335,8 @@ class Predictor:
         h, listed = seen.whole(), None
         if self.shortlists is not None and among is None and not any(seen.changes):
             listed = self.shortlists.most_probable(h, seen.rows, K)
+        if listed is None and among is None and not any(seen.changes):
+            listed = self.network.most_probable(h, weight, rounded, K)
         scores, tokens = listed or ops.most_probable(
             h, weight, K, self.kept_ids, *seen.changes, among, self.temperature
         )

@@ -15,8 +15,9 @@ from hashlib import blake2b
 from itertools import chain, takewhile
 from typing import TYPE_CHECKING, Any
 
-from embdiff.data import hub_access, local_path, looks_like_path
+from embdiff.data import hub_access, looks_like_path
 from embdiff.errors import UserError, reason
+from embdiff.paths import local_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from embdiff import docstrings
 from embdiff.data import Example
-from embdiff.docstrings import build, cache_dir, first_sentence, signature
+from embdiff.docstrings import build, first_sentence, signature
 from embdiff.errors import UserError
 
 SOURCE = '''
@@ -134,15 +134,6 @@ def test_no_source_is_bad_input(tmp_path: Path) -> None:
         build([tmp_path / "none"])
     with pytest.raises(UserError):
         build([])
-
-
-def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_dir() == tmp_path / "cache"
-    monkeypatch.delenv("EMBDIFF_CACHE")
-    assert cache_dir() == tmp_path / "xdg" / "embdiff"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_dir() == Path.home() / ".cache" / "embdiff"
 
 
 def test_default_roots_exist_once_and_hold_the_standard_library() -> None:

@@ -265,7 +265,8 @@ def json_line(value: Any) -> str:
 
 def kinds(data: str) -> tuple[bool, bool]:
     """Whether a source may have lines of text, and tables."""
-    from embdiff.data import files_in, local_path
+    from embdiff.data import files_in
+    from embdiff.paths import local_path
 
     if data == "docstrings":
         return False, False

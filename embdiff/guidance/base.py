@@ -53,7 +53,7 @@ class Run:
     context: Context | None = None
     classifiers: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         """Where the loop runs."""
         return cast(torch.device, self.denoiser.device)
