@@ -31,13 +31,14 @@ from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import typer
 from common import failure, generators, keep, write
 from peers import Apart, Machine, Naive, Tight, flops, generate, waiting
 
-from embdiff import ops, vocabulary
+from embdiff import native, ops, vocabulary
 from embdiff.baselines import MaskedModel
 from embdiff.batches import Prompts
 from embdiff.cli.common import dtype as precision
@@ -119,10 +120,12 @@ def main(
         figures["graphs"].append(place | graphs(pipe))
         keep(results, figures)
         if time.monotonic() < deadline and any(cell.name.startswith("ours") for cell, _ in times.medians):
-            for int8 in (False, True) if device.type == "cpu" else (False,):
-                pipe.int8 = int8
-                found = parts(pipe, name, words, texts, tokens, limits.rate, rounds)
-                figures["parts"].append(place | {"int8": int8} | found)
+            ways = {"ours": pipe}
+            if device.type == "cpu":
+                ways |= {"ours, int8": twin(pipe, int8=True), "ours, torch's operators": twin(pipe, native_step=False)}
+            for way, own in ways.items():
+                found = parts(own, name, words, texts, tokens, limits.rate, rounds)
+                figures["parts"].append(place | {"name": way} | found)
             keep(results, figures)
     if time.monotonic() < deadline:
         figures["memory"] = memory()
@@ -155,6 +158,17 @@ def pipeline(
 
         pipe._loops = Loops(most=64)  # all cells take turns
     return pipe
+
+
+def twin(pipe: TextDiffusionPipeline, int8: bool = False, native_step: bool = True) -> TextDiffusionPipeline:
+    """A pipeline with the same denoiser. native_step: whether its steps are native where they can be."""
+    other = TextDiffusionPipeline(pipe.denoiser, pipe.tokenizer, pipe.scheduler)
+    other.set_progress_bar_config(disable=True)
+    other.compile, other.int8 = pipe.compile, int8
+    if not native_step:
+        with patch.object(native, "suits", lambda denoiser: False):
+            other._network(pipe.device)
+    return other
 
 
 def plain_loop(shape: dict[str, int], words: int, length: int, device: torch.device, prompts: Prompts | None) -> Naive:
@@ -239,17 +253,13 @@ def contestants(
             generator=generator, **options,
         )  # fmt: skip
 
-    @cache
-    def rounded() -> TextDiffusionPipeline:
-        other = TextDiffusionPipeline(pipe.denoiser, pipe.tokenizer, pipe.scheduler)
-        other.set_progress_bar_config(disable=True)
-        other.compile, other.int8 = compile, True
-        return other
+    rounded, by_torch = cache(partial(twin, pipe, int8=True)), cache(partial(twin, pipe, native_step=False))
 
     for n in steps:
         yield Cell("ours", n, n * least, partial(ours, n))
         if device.type == "cpu":
             yield Cell("ours, int8", n, n * least, partial(ours, n, of=rounded))
+            yield Cell("ours, torch's operators", n, n * least, partial(ours, n, of=by_torch))
         yield Cell("naive", n, n * plain_least, partial(naive, n))
         if device.type == "cpu":
             yield Cell("naive, freed memory kept", n, n * plain_least, partial(naive, n, kept=True))
@@ -393,8 +403,8 @@ def ratios(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
             return False
         if other["name"].startswith("ours"):
             guided = ours["name"] == "ours, prompt" and other["name"].startswith("ours, CFG")
-            rounded = (ours["name"], other["name"]) == ("ours", "ours, int8")
-            return (guided or rounded) and ours["steps"] == other["steps"]
+            same = ours["name"] == "ours" and other["name"] in ("ours, int8", "ours, torch's operators")
+            return (guided or same) and ours["steps"] == other["steps"]
         alike = ", CFG in x0" if "CFG" in other["name"] else ""
         return ours["name"] in ("ours" + alike, "ours, int8" + alike) and other["steps"] in (0, LM_STEPS, ours["steps"])
 
