@@ -102,7 +102,7 @@ class Forward:
         if h.device.type != "cpu" or torch.is_grad_enabled():
             return None
         if (made := self._native_head(h, weight, table)) is not None:
-            mean, kept = made.posterior(h.flatten(0, -2), temperature, keep)
+            mean, kept, _ = made.posterior(h.flatten(0, -2), temperature, keep)
             return ops.Posterior(mean.view(*h.shape[:-1], -1), kept.view(*h.shape[:-1], -1))
         if not (self.compile or self.int8):
             return None
@@ -124,14 +124,26 @@ class Forward:
         return self.native_head
 
     def masses(
-        self, h: Tensor, texts: Tensor, weight: Tensor, table: Tensor, temperature: float, keep: tuple[int, ...]
+        self,
+        h: Tensor,
+        text: Tensor,
+        texts: int,
+        weight: Tensor,
+        table: Tensor,
+        temperature: float,
+        keep: tuple[int, ...],
     ) -> tuple[ops.Posterior, Tensor]:
         """The posterior, and the mass of words [B, V] in each text: the sum of their probabilities over its rows.
 
-        texts: [B, R], 1 where a row of h is of a text, else 0; in the precision of h.
+        text: [R], that of each row of h. texts: B.
         """
+        if (made := self._native_head(h, weight, table)) is not None:
+            flat = made.posterior(h.flatten(0, -2), temperature, keep, text, texts)
+            posterior = ops.Posterior(*(part.view(*h.shape[:-1], -1) for part in flat[:2]))
+            return posterior, cast(Tensor, flat[2])
         head, cold = self._head(weight, table, keep, temperature)
-        pieces = zip(torch.split(h.flatten(0, -2), ROWS), torch.split(texts, ROWS, 1), strict=True)
+        of_text = (text == torch.arange(texts, device=h.device)[:, None]).to(h.dtype)
+        pieces = zip(torch.split(h.flatten(0, -2), ROWS), torch.split(of_text, ROWS, 1), strict=True)
         means, kept, masses = zip(*[head(rows, cold, of) for rows, of in pieces], strict=True)
         posterior = ops.Posterior(*(torch.cat(parts).view(*h.shape[:-1], -1) for parts in (means, kept)))
         return posterior, torch.stack(masses).sum(0)

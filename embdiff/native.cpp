@@ -260,6 +260,17 @@ struct Head {
     const uint8_t* table;  // [D / 64, padded / 2, 64, 2], in bf16
     const Bf16* rows;      // [V, W + D], as they are
 };
+
+// What is asked of the token posterior, and where it goes.
+struct Posterior {
+    float temperature;
+    Index kept;
+    const Index* keep;   // [k], tokens that are kept apart
+    float* mean;         // [R, D], of words
+    float* probability;  // [R, k]
+    const Index* text;   // [R], where masses are wanted
+    float* mass;         // [texts, padded], to which the probabilities of words are added; or null
+};
 }
 
 namespace {
@@ -501,6 +512,13 @@ INLINE void logits_of(const Head& head, const Packed& rows, Index row, Index wor
         for (int m = 0; m < M; ++m) logits[m * BLOCK + column - word] = NEVER;
 }
 
+// Takes tokens out of logits [M, 256] of the words from `word` on.
+INLINE void leave_out(Index word, Index kept, const Index* keep, int M, float* logits) {
+    for (Index k = 0; k < kept; ++k)
+        if (word <= keep[k] && keep[k] < word + BLOCK)
+            for (int m = 0; m < M; ++m) logits[m * BLOCK + keep[k] - word] = NEVER;
+}
+
 // The logit of one token by a product that is not rounded, of features h [H].
 INLINE float exact_logit(const Head& head, const Bf16* h, Index token) {
     const Bf16* weight = head.rows + token * head.features;
@@ -527,11 +545,11 @@ struct Partial {
 };
 
 template <class T>
-void posterior(
-    const Head& head, Index R, const Bf16* h, float temperature, Index kept, const Index* keep, float* mean,
-    float* probability
-) {
+void posterior(const Head& head, Index R, const Bf16* h, const Posterior& to_find) {
     static thread_local HeadSpace space;
+    const float temperature = to_find.temperature;
+    const Index kept = to_find.kept, *keep = to_find.keep, *text = to_find.text;
+    float *mean = to_find.mean, *probability = to_find.probability, *mass = to_find.mass;
     const Index D = head.dim, panels = (D + PANEL - 1) / PANEL, width = panels * PANEL;
     const Shares shares(head, R);
     const Packed rows = packed_features<T>(head, R, space);
@@ -540,6 +558,7 @@ void posterior(
         float* best = partial + (split * R + row) * (3 + width);
         return Partial{best, best + 1, best + 2, best + 3};
     };
+    float* over_all = space.values.of(2 * R);  // the largest logit of each row, and 1 / its sum at the temperature
     const bool neutral = temperature == 1.0f;
     const Vector inverse = all(1 / temperature);
 
@@ -563,9 +582,7 @@ void posterior(
                     by_tiles(first, last, [&](auto count, Index row) {
                         constexpr int M = decltype(count)::value;
                         logits_of<T, M>(head, rows, row, word, logits);
-                        for (Index k = 0; k < kept; ++k)
-                            if (word <= keep[k] && keep[k] < word + BLOCK)
-                                for (int m = 0; m < M; ++m) logits[m * BLOCK + keep[k] - word] = NEVER;
+                        leave_out(word, kept, keep, M, logits);
                         float fades[M];
                         for (int m = 0; m < M; ++m) {
                             const Partial to = part(split, row + m);
@@ -613,6 +630,8 @@ void posterior(
                 for (Index i = 0; i < D; ++i) to[i] += weight * from.mean[i];
             }
             for (Index i = 0; i < D; ++i) to[i] /= cold;
+            over_all[2 * row] = best;
+            over_all[2 * row + 1] = 1 / cold;
             float *ends = probability + row * kept, top = best, sum = plain;
             for (Index k = 0; k < kept; ++k) {
                 ends[k] = exact_logit(head, h + row * head.features, keep[k]) * LOG2_E;
@@ -622,6 +641,23 @@ void posterior(
             for (Index k = 0; k < kept; ++k) sum += ends[k] = exp2(ends[k] - top);
             for (Index k = 0; k < kept; ++k) ends[k] /= sum;
         }
+        // Each block of words is one thread's, so nobody waits to add.
+#pragma omp for schedule(dynamic)
+        for (Index word = 0; word < (mass ? head.padded : 0); word += BLOCK)
+            by_tiles(0, R, [&](auto count, Index row) {
+                constexpr int M = decltype(count)::value;
+                logits_of<T, M>(head, rows, row, word, logits);
+                leave_out(word, kept, keep, M, logits);
+                for (Index i = row; i < row + M; ++i) {
+                    float* to = mass + text[i] * head.padded + word;
+                    const float* x = logits + (i - row) * BLOCK;
+                    const Vector best = all(over_all[2 * i]), share = all(over_all[2 * i + 1]);
+                    for (Index j = 0; j < BLOCK; j += LANES) {
+                        const Vector p = exp2(_mm512_mul_ps(_mm512_sub_ps(load(x + j), best), inverse));
+                        store(to + j, _mm512_fmadd_ps(p, share, load(to + j)));
+                    }
+                }
+            });
     }
 }
 
@@ -744,15 +780,15 @@ void forward(const Network* network, const Pass* pass) {
     }
 }
 
-// The mean embedding [R, D] of words, and the probabilities [R, k] of tokens that are kept apart, of features [R, H].
-void token_posterior(
-    const Head* head, Index R, const Bf16* h, float temperature, Index kept, const Index* keep, float* mean,
-    float* probability
-) {
+// The token posterior of features [R, H].
+void token_posterior(const Head* head, Index R, const Bf16* h, const Posterior* whole) {
     for (Index r = 0; r < R; r += AT_ONCE) {
-        const Index rows = std::min(AT_ONCE, R - r);
+        Posterior part = *whole;
+        part.mean += r * head->dim;
+        part.probability += r * part.kept;
+        part.text += part.mass ? r : 0;
         const auto run = head->bytes ? posterior<Bytes> : posterior<Halves>;
-        run(*head, rows, h + r * head->features, temperature, kept, keep, mean + r * head->dim, probability + r * kept);
+        run(*head, std::min(AT_ONCE, R - r), h + r * head->features, part);
     }
 }
 

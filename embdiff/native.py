@@ -144,6 +144,15 @@ class _Head(ctypes.Structure):
     )
 
 
+class _Posterior(ctypes.Structure):
+    _fields_ = (
+        ("temperature", ctypes.c_float),
+        ("kept", Index),
+        ("keep", ctypes.POINTER(Index)),
+        *((name, Pointer) for name in ("mean", "probability", "text", "mass")),
+    )
+
+
 class Packed:
     """A weight [N, K] in the order in which it is read. rows: N up to a multiple of this."""
 
@@ -272,16 +281,21 @@ class Head:
         pointers = (self.table.data_ptr(), self.rows.data_ptr())
         return ctypes.byref(_Head(*self.shape, torch.get_num_threads(), self.packed.struct, *pointers))
 
-    def posterior(self, h: Tensor, temperature: float, keep: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Mean [R, D] and kept [R, k] of features h [R, H], as `embdiff.ops.expectation` has them."""
+    def posterior(
+        self, h: Tensor, temperature: float, keep: Sequence[int], text: Tensor | None = None, texts: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Mean [R, D] and kept [R, k] of features h [R, H], as `embdiff.ops.expectation` has them.
+
+        text: of each row [R], of so many `texts`; then also the sums of words' probabilities [texts, V] over their
+        rows.
+        """
         h, R = h.contiguous(), len(h)
         mean, kept = torch.empty(R, self.dim), torch.empty(R, len(keep))
-        ids = (Index * len(keep))(*keep)
-        pointers = [Pointer(t.data_ptr()) for t in (h, mean, kept)]
-        self.library.token_posterior(
-            self._struct(), Index(R), pointers[0], ctypes.c_float(temperature), Index(len(keep)), ids, *pointers[1:]
-        )
-        return mean, kept
+        mass = None if text is None else torch.zeros(texts, self.shape[1])
+        addresses = [None if t is None else t.data_ptr() for t in (mean, kept, text, mass)]
+        asked = _Posterior(temperature, len(keep), (Index * len(keep))(*keep), *addresses)
+        self.library.token_posterior(self._struct(), Index(R), Pointer(h.data_ptr()), ctypes.byref(asked))
+        return mean, kept, None if mass is None else mass[:, : self.shape[0]]
 
     def most_probable(self, h: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """As `embdiff.ops.most_probable`, in no order, of features h [R, H]; count: K <= V."""

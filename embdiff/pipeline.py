@@ -70,7 +70,7 @@ class TextDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         temperature: what a call takes where it names none; `embdiff tune-steps` changes it.
 
     compile: set it to True to compile the denoiser at once, to False never to; None = once it has worked for about a
-    minute.
+    minute. A CPU that has a native step (see `embdiff.native`) takes that one, unless it is False.
     int8: set it to True to take the products of layers and head in 8 bits (see `embdiff.forward.Int8Linear`), on a CPU.
     """
 

@@ -113,8 +113,7 @@ class Shortlists:
         B, L = self.shape
         if self.drawn is None or (turn in self.turns and self.drawn[0] != turn):
             places = torch.arange(B * L, device=h.device) if rows is None else rows
-            texts = (places // L == torch.arange(B, device=h.device)[:, None]).to(h.dtype)
-            found, mass = self.network.masses(h, texts, self.weight, self.table, self.temperature, self.keep)
+            found, mass = self.network.masses(h, places // L, B, self.weight, self.table, self.temperature, self.keep)
             mass = mass.clamp(min=TINY)
             mass[:, list(self.keep)] = 0.0
             noise = self.uniform(len(self.weight))

@@ -123,11 +123,15 @@ def test_the_head_is_the_posterior_mean(words, dim, rows, temperature, kept, sha
     weight, table, h = torch.randn(words, 48).bfloat16(), torch.randn(words, dim).bfloat16(), torch.randn(rows, 48)
     h = (sharp * h).bfloat16()
     assume(not int8 or sharp < 30)  # there a number that is rounded up in place of down moves logits by a nat
-    mean, found = native.Head(weight, table, int8).posterior(h, temperature, kept)
+    text = torch.randint(3, (rows,))
+    mean, found, mass = native.Head(weight, table, int8).posterior(h, temperature, kept, text, 3)
     exact = h.double() @ weight.double().T
     logits = Int8Linear(weight)(h.float()).double() if int8 else exact.clone()
     logits[:, list(kept)] = -torch.inf
-    expected = (logits / temperature).softmax(-1) @ table.double()
+    probabilities = (logits / temperature).softmax(-1)
+    expected = probabilities @ table.double()
+    sums = torch.zeros(3, words, dtype=torch.double).index_add(0, text, probabilities)
+    assert torch.allclose(mass.double(), sums, atol=0.05 if int8 else 1e-3)
     assert torch.allclose(
         mean.double(), expected, atol=0.05 if int8 else 0.02, rtol=0.01
     )  # probabilities are rounded to bf16

@@ -69,7 +69,7 @@ def test_masses_are_sums_of_probabilities(pipe, monkeypatch, rows, int8):
     h, weight, table = torch.randn(12, 8), torch.randn(30, 8), torch.randn(30, 4)
     h, places = (h, torch.arange(12)) if rows is None else (h[rows], rows)
     texts = (places // 4 == torch.arange(3)[:, None]).float()
-    found, mass = Forward(pipe.denoiser, False, int8).masses(h, texts, weight, table, 0.7, (0, 2))
+    found, mass = Forward(pipe.denoiser, False, int8).masses(h, places // 4, 3, weight, table, 0.7, (0, 2))
     logits = (h @ weight.T / 0.7).index_fill(1, torch.tensor([0, 2]), -torch.inf)
     assert torch.allclose(mass.sum(1), texts.sum(1), atol=1e-4)
     assert torch.allclose(mass, texts @ logits.softmax(1), atol=0.1 if int8 else 1e-4)

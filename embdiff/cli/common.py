@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from embdiff.pipeline import TextDiffusionPipeline
 
 DTYPE_HELP = "fp32, bf16, auto: the faster one on this device; or int8: large products in 8 bits, on a CPU."
-COMPILE_HELP = "torch.compile of the denoiser; by default once it has worked for about a minute."
+COMPILE_HELP = (
+    "The fast step of a CPU, and elsewhere torch.compile; by default that one once it has worked for about a minute."
+)
 SOLVERS = "ddim, ddpm, renoise, euler, euler-a, heun, churn, dpm++, dpm++3m, dpm++sde, dpm++3m-sde or unipc"
 GUIDANCE_HELP = "A module with its options, as length:words=12 or lexical:include=cheap pub|riverside; several times."
 SEPARATOR_HELP = "Between prompt and text in lines of .txt; by default the run's own."
