@@ -17,6 +17,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <utility>
 #include <vector>
 
@@ -48,8 +49,8 @@ public:
     T* of(Index count) {
         if (count > size_) {
             memory_.reset(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 127) / 64 * 64)));
-            if (!memory_) std::abort();
-            size_ = count;
+            size_ = memory_ ? count : 0;
+            if (!memory_) throw std::bad_alloc();
         }
         return memory_.get();
     }
@@ -754,14 +755,7 @@ void most_probable(const Head& head, Index R, const Bf16* h, Index K, float* sco
     }
 }
 
-}  // namespace
-
-// ------------------------------------------------------------------------------------------------ what is called
-
-extern "C" {
-
-// The denoiser's features.
-void forward(const Network* network, const Pass* pass) {
+void forward_of(const Network* network, const Pass* pass) {
     static thread_local Space<float> x, scale;
     static thread_local Space<Bf16> qkv, mixed, inner;
     static thread_local Space<uint32_t> words;
@@ -780,8 +774,7 @@ void forward(const Network* network, const Pass* pass) {
     }
 }
 
-// The token posterior of features [R, H].
-void token_posterior(const Head* head, Index R, const Bf16* h, const Posterior* whole) {
+void posterior_of(const Head* head, Index R, const Bf16* h, const Posterior* whole) {
     for (Index r = 0; r < R; r += AT_ONCE) {
         Posterior part = *whole;
         part.mean += r * head->dim;
@@ -792,16 +785,14 @@ void token_posterior(const Head* head, Index R, const Bf16* h, const Posterior* 
     }
 }
 
-// The largest logits [R, K] and their tokens [R, K], of features [R, H]; in no order.
-void largest_logits(const Head* head, Index R, const Bf16* h, Index K, float* scores, Index* tokens) {
+void largest_of(const Head* head, Index R, const Bf16* h, Index K, float* scores, Index* tokens) {
     for (Index r = 0; r < R; r += AT_ONCE) {
         const auto run = head->bytes ? most_probable<Bytes> : most_probable<Halves>;
         run(*head, std::min(AT_ONCE, R - r), h + r * head->features, K, scores + r * K, tokens + r * K);
     }
 }
 
-// Which of K candidates to take at each of L positions of B texts, see `ops.best_path_reference`; K a multiple of 16.
-void best_path(Index B, Index L, Index K, const float* scores, const float* pairs, Index* path, Index threads) {
+void path_of(Index B, Index L, Index K, const float* scores, const float* pairs, Index* path, Index threads) {
 #pragma omp parallel for num_threads(threads)
     for (Index b = 0; b < B; ++b) {
         std::vector<int32_t> back(L * K);
@@ -828,5 +819,42 @@ void best_path(Index B, Index L, Index K, const float* scores, const float* pair
             best = back[l * K + best];
         }
     }
+}
+
+template <class Run>
+int without_exceptions(Run run) {
+    try {
+        run();
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
+
+}  // namespace
+
+// ------------------------------------------------------------------------------------------------ what is called
+
+// All return 0, or 1 where there is no memory.
+extern "C" {
+
+// The denoiser's features.
+int forward(const Network* network, const Pass* pass) {
+    return without_exceptions([=] { forward_of(network, pass); });
+}
+
+// The token posterior of features [R, H].
+int token_posterior(const Head* head, Index R, const Bf16* h, const Posterior* to_find) {
+    return without_exceptions([=] { posterior_of(head, R, h, to_find); });
+}
+
+// The largest logits [R, K] and their tokens [R, K], of features [R, H]; in no order.
+int largest_logits(const Head* head, Index R, const Bf16* h, Index K, float* scores, Index* tokens) {
+    return without_exceptions([=] { largest_of(head, R, h, K, scores, tokens); });
+}
+
+// Which of K candidates to take at each of L positions of B texts, see `ops.best_path_reference`; K a multiple of 16.
+int best_path(Index B, Index L, Index K, const float* scores, const float* pairs, Index* path, Index threads) {
+    return without_exceptions([=] { path_of(B, L, K, scores, pairs, path, threads); });
 }
 }

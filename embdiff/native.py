@@ -16,7 +16,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -113,6 +113,12 @@ def _keep(made: Path, built: Path) -> None:
         beside.replace(built)
 
 
+def call(function: Callable[..., int], *args: Any) -> None:
+    """A function of the library; raises MemoryError where it says so."""
+    if function(*args):
+        raise MemoryError("can't allocate memory")
+
+
 Index, Pointer = ctypes.c_int64, ctypes.c_void_p
 
 
@@ -184,7 +190,7 @@ class Pass:
     """
 
     def __init__(self, denoiser: Denoiser, int8: bool) -> None:
-        self.call = library().forward
+        self.library = library()
         self.denoiser = denoiser
         embed = torch.cat([denoiser.embed_z.weight, denoiser.embed_self_cond.weight], 1)
         blocks = list(cast(Any, denoiser.blocks))
@@ -220,7 +226,7 @@ class Pass:
         tensors = (starts, places, latents, last, cos, sin, modulation, filter, keys, values, mask, out)
         addresses = [None if t is None else t.data_ptr() for t in tensors]
         network = _Network(*self.shape, torch.get_num_threads(), self.weights)
-        self.call(ctypes.byref(network), ctypes.byref(_Arguments(B, len(filter), C, *addresses)))
+        call(self.library.forward, ctypes.byref(network), ctypes.byref(_Arguments(B, len(filter), C, *addresses)))
         return out.view(B, L, -1) if rows is None else out
 
     def _placed(self, B: int, L: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -294,7 +300,7 @@ class Head:
         mass = None if text is None else torch.zeros(texts, self.shape[1])
         addresses = [None if t is None else t.data_ptr() for t in (mean, kept, text, mass)]
         asked = _Posterior(temperature, len(keep), (Index * len(keep))(*keep), *addresses)
-        self.library.token_posterior(self._struct(), Index(R), Pointer(h.data_ptr()), ctypes.byref(asked))
+        call(self.library.token_posterior, self._struct(), Index(R), Pointer(h.data_ptr()), ctypes.byref(asked))
         return mean, kept, None if mass is None else mass[:, : self.shape[0]]
 
     def most_probable(self, h: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -302,7 +308,7 @@ class Head:
         h, R = h.contiguous(), len(h)
         scores, tokens = torch.empty(R, count), torch.empty(R, count, dtype=torch.long)
         pointers = [Pointer(t.data_ptr()) for t in (h, scores, tokens)]
-        self.library.largest_logits(self._struct(), Index(R), pointers[0], Index(count), *pointers[1:])
+        call(self.library.largest_logits, self._struct(), Index(R), pointers[0], Index(count), *pointers[1:])
         return scores, tokens
 
 
@@ -312,5 +318,5 @@ def best_path(scores: Tensor, pairs: Tensor) -> Tensor:
     path = torch.empty(B, L, dtype=torch.long)
     scores, pairs = scores.contiguous(), pairs.contiguous()
     pointers = [Pointer(t.data_ptr()) for t in (scores, pairs, path)]
-    library().best_path(Index(B), Index(L), Index(K), *pointers, Index(torch.get_num_threads()))
+    call(library().best_path, Index(B), Index(L), Index(K), *pointers, Index(torch.get_num_threads()))
     return path

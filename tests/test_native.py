@@ -274,3 +274,10 @@ def test_what_does_not_suit_is_left_to_torch():
     assert not native.suits(model(dim=24))
     assert not native.suits(model(width=64, heads=4))
     assert not native.suits(torch.nn.Linear(2, 2))
+
+
+@needs
+def test_no_memory_is_said():
+    with pytest.raises(MemoryError):
+        native.call(lambda: 1)
+    native.call(lambda: 0)
