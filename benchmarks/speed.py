@@ -54,6 +54,8 @@ from embdiff.schedulers import RenoiseScheduler
 VOCABULARY = {"base": 50_257}
 PROMPT = " ".join(f"w{i}" for i in range(16))
 LM_STEPS = 200
+SHORTLIST = 512
+WAYS = ("ours", "ours, int8", "ours, shortlist", "ours, int8, shortlist")
 # What transformers starts from Python in a layer for one token, roughly: enough to tell seconds from minutes.
 EAGER, COMPILED = 30, 8
 
@@ -259,6 +261,8 @@ def contestants(
         yield Cell("ours", n, n * least, partial(ours, n))
         if device.type == "cpu":
             yield Cell("ours, int8", n, n * least, partial(ours, n, of=rounded))
+            yield Cell("ours, shortlist", n, n * least, partial(ours, n, shortlist=SHORTLIST))
+            yield Cell("ours, int8, shortlist", n, n * least, partial(ours, n, of=rounded, shortlist=SHORTLIST))
             yield Cell("ours, torch's operators", n, n * least, partial(ours, n, of=by_torch))
         yield Cell("naive", n, n * plain_least, partial(naive, n))
         if device.type == "cpu":
@@ -403,10 +407,10 @@ def ratios(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
             return False
         if other["name"].startswith("ours"):
             guided = ours["name"] == "ours, prompt" and other["name"].startswith("ours, CFG")
-            same = ours["name"] == "ours" and other["name"] in ("ours, int8", "ours, torch's operators")
+            same = ours["name"] == "ours" and other["name"] in (*WAYS[1:], "ours, torch's operators")
             return (guided or same) and ours["steps"] == other["steps"]
         alike = ", CFG in x0" if "CFG" in other["name"] else ""
-        return ours["name"] in ("ours" + alike, "ours, int8" + alike) and other["steps"] in (0, LM_STEPS, ours["steps"])
+        return ours["name"] in [way + alike for way in WAYS] and other["steps"] in (0, LM_STEPS, ours["steps"])
 
     return [
         {key: ours[key] for key in ("size", "batch", "length", "steps")}
