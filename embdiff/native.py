@@ -51,7 +51,9 @@ def suits(denoiser: nn.Module) -> bool:
     if not isinstance(denoiser, Denoiser) or denoiser.device.type != "cpu" or denoiser.dtype is not torch.bfloat16:
         return False
     head_width = denoiser.rotary.head_width
-    return has_instructions() and denoiser.dim % 16 == 0 and head_width % 32 == 0 and head_width <= 1024
+    shaped = denoiser.dim % 16 == 0 and head_width % 32 == 0 and head_width <= 1024
+    # Weights that can't tell that they were changed are not copied.
+    return has_instructions() and shaped and not any(p.is_inference() for p in denoiser.parameters())
 
 
 @functools.cache

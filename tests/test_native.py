@@ -274,6 +274,8 @@ def test_what_does_not_suit_is_left_to_torch():
     assert not native.suits(model(dim=24))
     assert not native.suits(model(width=64, heads=4))
     assert not native.suits(torch.nn.Linear(2, 2))
+    with torch.inference_mode():
+        assert not native.suits(model())  # changed weights could not be told
 
 
 @needs
