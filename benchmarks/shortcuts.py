@@ -43,7 +43,7 @@ def main(
     temperature: float = 0.8,
     results: Path = Path("benchmarks/results/shortcuts.json"),
 ) -> None:
-    """Prints and writes the figures of each shortcut and number of steps, and of real texts, as many where there are."""
+    """Prints and writes the figures of each shortcut and number of steps, and of real texts, as many as there are."""
     quiet()
     real = [example.text for example in read_examples(str(valid))]
     judge = NGramJudge([example.text for example in read_examples(str(train))])
