@@ -456,7 +456,7 @@ def draw(cells: list[dict[str, Any]], path: Path) -> None:
     mine = [cell for cell in mine if "CFG" not in cell["name"]] or mine
     shortest = min(cell["length"] for cell in mine)
     steps = min((cell["steps"] for cell in mine if cell["steps"]), key=lambda n: abs(n - 8), default=8)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
     for name in dict.fromkeys(cell["name"] for cell in mine):
         own = [cell for cell in mine if cell["name"] == name]
         at = [cell for cell in own if cell["length"] == shortest]
@@ -467,10 +467,15 @@ def draw(cells: list[dict[str, Any]], path: Path) -> None:
             left.plot([c["steps"] for c in at], [c["tokens_per_second"] for c in at], marker="o", label=name)
         long = [cell for cell in own if cell["steps"] in (0, steps, LM_STEPS)]
         right.plot([c["length"] for c in long], [c["tokens_per_second"] for c in long], marker="o", label=name)
-    for axis, label in ((left, f"steps, {shortest} tokens"), (right, f"tokens, {steps} steps")):
+    lengths = sorted({cell["length"] for cell in mine})
+    counts = sorted({cell["steps"] for cell in mine} - {0, LM_STEPS})
+    labels = (left, f"steps, {shortest} tokens", counts), (right, f"tokens, {steps} steps", lengths)
+    for axis, label, ticks in labels:
         axis.set(xscale="log", yscale="log", xlabel=label, title=f"{size}, {batch} at a time")
+        axis.set_xticks(ticks, map(str, ticks))
+        axis.xaxis.minorticks_off()
     left.set_ylabel("tokens a second")
-    right.legend(fontsize=7)
+    right.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
     figure.savefig(path)
 
