@@ -114,8 +114,9 @@ def duration(value: float) -> str:
 
 
 def quiet() -> None:
-    """Keeps the libraries' own remarks and progress bars out of the output."""
+    """Keeps the libraries' own remarks and progress bars out of the output, and says warnings in one line."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.formatwarning = lambda message, *place, **more: f"{message}\n"
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch.*")
     import diffusers.utils.logging as diffusers_logging

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 import torch
@@ -318,3 +319,9 @@ def test_a_precision_that_the_device_emulates_is_used_with_a_remark(monkeypatch,
     monkeypatch.setattr(ops, "fast_dtype", lambda device_type: torch.bfloat16 if units else torch.float32)
     assert common.dtype("bf16", torch.device("cpu")) is torch.bfloat16
     assert ("emulated" in capsys.readouterr().err) != units
+
+
+def test_a_warning_is_one_line(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    common.quiet()
+    assert warnings.formatwarning("slower", UserWarning, "file.py", 7) == "slower\n"
