@@ -83,5 +83,11 @@ def packing() -> Any:
     return config.patch(freezing=True)
 
 
+def compiler() -> str | None:
+    """A C++ compiler, if there is one."""
+    names = (os.environ.get("CXX"), "g++", "clang++", "cl")
+    return next((found for name in names if name and (found := shutil.which(name))), None)
+
+
 def _has_compiler() -> bool:
-    return any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++", "cl") if name)
+    return compiler() is not None

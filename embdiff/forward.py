@@ -40,6 +40,7 @@ class Forward:
     def __init__(self, denoiser: nn.Module, wanted: bool | None = None, int8: bool = False) -> None:
         self.denoiser, self.wanted, self.int8 = denoiser, wanted, int8
         self.weights = sum(p.numel() for p in cast(nn.Module, denoiser.blocks).parameters())
+        self.done, self.refused, self.unbuilt = 0.0, False, False
         self._begin()
 
     def _begin(self) -> None:
@@ -49,17 +50,16 @@ class Forward:
         self.call: Callable[..., Tensor] = self.native or (in_int8(self.denoiser) if self.int8 else self.denoiser)
         self.compile: Callable[[nn.Module], Callable[..., Any]] | None = None
         self.heads = dict[tuple[int, ...], Callable[..., Any]]()
-        self.done = 0.0
 
     def _native_pass(self) -> native.Pass | None:
         """The denoiser's pass as `native.cpp` has it, where there is one for it."""
-        self.refused = False
-        if self.wanted is False or not native.suits(self.denoiser):
+        if self.wanted is False or self.unbuilt or not native.suits(self.denoiser):
             return None
         try:
             return native.Pass(cast(Denoiser, self.denoiser), self.int8)
         except native.UnavailableError as error:
             warnings.warn(f"no native step ({error}): going on without it, 1.2 to 4 times slower", stacklevel=4)
+            self.unbuilt = True
             self.refused = native.compiler() is None  # then torch.compile can't work either
             return None
 
@@ -69,6 +69,7 @@ class Forward:
             return
         if self.compile:
             torch._dynamo.reset()  # else the same code with the old constants is found again
+            self.done = 0.0
         self._begin()
 
     def __call__(self, z: Tensor, *args: Any, rows: Tensor | None = None) -> Tensor:

@@ -215,7 +215,8 @@ void product(const Packed& rows, Index R, const Weight& weight, Use use) {
 
 // ----------------------------------------------------------------------------------------------- the denoiser
 
-INLINE float over_root_mean_square(const float* x, Index n) {
+template <class Number>
+INLINE float over_root_mean_square(const Number* x, Index n) {
     Vector sum = _mm512_setzero_ps();
     for (Index i = 0; i < n; i += LANES) sum = _mm512_fmadd_ps(load(x + i), load(x + i), sum);
     return 1 / std::sqrt(_mm512_reduce_add_ps(sum) / n + 1e-6f);
@@ -291,9 +292,7 @@ struct AttentionSpace {
 
 // One row [d] of queries or keys: over its root mean square, turned by its place's angle, and scaled.
 INLINE void turned(const Bf16* x, Index d, const float* cos, const float* sin, float scale, Bf16* out) {
-    Vector sum = _mm512_setzero_ps();
-    for (Index i = 0; i < d; i += LANES) sum = _mm512_fmadd_ps(load(x + i), load(x + i), sum);
-    const Vector norm = all(scale / std::sqrt(_mm512_reduce_add_ps(sum) / d + 1e-6f));
+    const Vector norm = all(scale * over_root_mean_square(x, d));
     for (Index i = 0; i < d / 2; i += LANES) {
         const Vector a = _mm512_mul_ps(load(x + i), norm), b = _mm512_mul_ps(load(x + d / 2 + i), norm);
         const Vector c = load(cos + i), s = load(sin + i);

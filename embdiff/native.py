@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embdiff import ops
+from embdiff.compilation import compiler as compiler
 from embdiff.denoiser import Context, Denoiser
 from embdiff.errors import reason
 from embdiff.noise import alpha_sigma
@@ -75,12 +76,6 @@ def takes_candidates(count: int) -> bool:
 def is_loaded() -> bool:
     """Whether anything here has been used."""
     return library.cache_info().currsize > 0
-
-
-def compiler() -> str | None:
-    """The one that builds the source."""
-    names = (os.environ.get("CXX"), "g++", "clang++")
-    return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
 @functools.cache

@@ -251,7 +251,12 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
     monkeypatch.setattr(native, "FLAGS", ["-nonsense"])
     native.library.cache_clear()
     with pytest.warns(UserWarning, match="no native step .*nonsense"):
-        assert Forward(model()).native is None
+        whole = Forward(model())
+    assert whole.native is None
+    with warnings.catch_warnings(), torch.no_grad():  # nor is it tried again where weights change
+        warnings.simplefilter("error")
+        whole.denoiser.final.weight.mul_(2)
+        whole.renew()
 
 
 @needs
